@@ -54,7 +54,7 @@ def _estimate(low: float, high: float, value: float | None = None) -> Estimate:
         ((0.3, 0.5), (0.0, 0.1), (-0.4, -0.2), "degradation"),
     ],
 )
-def test_verdict_on_collapse(few: Any, some: Any, fall: Any, verdict: str) -> None:
+def test_collapse_is_decided_by_the_three_intervals(few: Any, some: Any, fall: Any, verdict: str) -> None:
     assert collapse(_estimate(*few), _estimate(*some), _estimate(*fall)) == verdict
 
 
@@ -70,11 +70,11 @@ def test_verdict_on_collapse(few: Any, some: Any, fall: Any, verdict: str) -> No
         ((-0.02, -0.01), "null result"),
     ],
 )
-def test_verdict_on_help(interval: tuple[float, float], verdict: str) -> None:
+def test_help_is_decided_by_its_interval(interval: tuple[float, float], verdict: str) -> None:
     assert helps(_estimate(*interval)) == verdict
 
 
-def test_verdict_on_maps() -> None:
+def test_maps_are_told_apart_and_kept_by_their_intervals() -> None:
     for interval, verdict in (((0.3, 0.4), "told apart"), ((0.2, 0.26), "not told apart"), ((0.2, 0.3), "undecided")):
         assert told_apart(_estimate(*interval), 0.166) == verdict
     for interval, verdict in (((-0.04, 0.0), "kept"), ((-0.1, -0.06), "lost"), ((-0.1, 0.0), "undecided")):

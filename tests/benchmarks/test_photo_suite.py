@@ -9,7 +9,7 @@ from benchmarks.photo_suite import _ALPHABETS, _GROUPS, write_suite
 
 
 @pytest.mark.parametrize("tasks", [15, 25])
-def test_it_has_so_many_tasks_with_a_test_each(tmp_path: Path, tasks: int) -> None:
+def test_the_suite_has_as_many_tasks_as_asked_each_with_train_and_test(tmp_path: Path, tasks: int) -> None:
     for label in _GROUPS[0].split():
         for split in ("train", "test"):
             photograph = tmp_path / "clothing" / split / label / f"{split}.jpg"

@@ -23,7 +23,9 @@ from mtlora.suite.base import Example
         ({"type": "grammar", "rules": 'root ::= "a"'}, ["a"], ["b"]),
     ],
 )
-def test_answers_are_told_from_others(answer: dict[str, Any], inside: list[str], outside: list[str]) -> None:
+def test_is_of_type_tells_answers_from_other_texts(
+    answer: dict[str, Any], inside: list[str], outside: list[str]
+) -> None:
     found: AnswerType = TypeAdapter(AnswerType).validate_python(answer)
     assert [text for text in inside + outside if is_of_type(found, text)] == inside
 

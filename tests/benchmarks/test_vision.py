@@ -48,7 +48,7 @@ def test_rows_are_images_a_second() -> None:
     assert rows["bare", 1] == {"median": 5, "min": 2.5, "max": 10}
 
 
-def test_last_line() -> None:
+def test_the_last_line_names_the_lowest_ratios() -> None:
     report = make_report(10, SECONDS, RATIOS)
     assert last_line(report) == "bench-vision: 25 tasks/bare 0.50, 25 adapters/bare 0.80, bare/hf 1.50"
 

@@ -33,7 +33,7 @@ def installed_mb(name: str) -> float | None:
 
 
 @pytest.mark.parametrize("name", sorted(left_out.packages("cpu")))
-def test_sizes_of_what_is_left_out(name: str) -> None:
+def test_each_package_left_out_is_as_large_as_listed(name: str) -> None:
     """The list has packages that a server would otherwise install, with their sizes."""
     listed, reason = left_out.packages("cpu")[name]
     assert name in left_out.names((REQUIREMENTS / "cpu-server.txt").read_text()), "not in the server's packages"
@@ -68,7 +68,9 @@ def test_requirements_are_taken_apart_and_lose_nothing(packages: list[tuple[str,
     assert len(left_out.names(text)) <= len(packages)
 
 
-def test_removing_and_stripping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remove_deletes_what_is_not_needed_and_strips_the_libraries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in (
         "torch/include/a.h",
         "torch/lib/libc10.so",

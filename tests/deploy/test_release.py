@@ -45,7 +45,7 @@ def test_the_environment_meets_every_extra_of_the_installed_package() -> None:
         (['nowhere-to-be-found; python_version < "3"'], []),
     ],
 )
-def test_requirements_that_are_not_met(
+def test_unmet_names_the_requirements_that_are_not_installed(
     requirements: list[str], unmet: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     about = importlib.metadata.metadata("numpy")
@@ -56,7 +56,7 @@ def test_requirements_that_are_not_met(
 
 
 @pytest.mark.parametrize(("tag", "refused"), [("manylinux_2_17_x86_64", False), ("linux_x86_64", True)])
-def test_a_wheel_fits_a_manylinux(tag: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_that_fits_no_manylinux_is_refused(tag: str, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     said = f'\na.whl is consistent with the\nfollowing platform tag: "{tag}".\n\nThe wheel references'
     monkeypatch.setattr(release.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=said))
     with pytest.raises(SystemExit, match="no manylinux") if refused else contextlib.nullcontext():

@@ -151,7 +151,7 @@ def vllm_config(mode: str) -> Any:
     )  # fmt: skip
 
 
-def test_graphs_of_the_first_runner(fleet: Fleet) -> None:
+def test_graphs_of_the_first_runner_give_the_eager_results(fleet: Fleet) -> None:
     """V1: it maps unpadded tokens before it dispatches, and counts the adapters of all its requests."""
     from vllm.config import CUDAGraphMode
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
@@ -189,7 +189,7 @@ def test_graphs_of_the_first_runner(fleet: Fleet) -> None:
         fleet.add(2, seed=2)
 
 
-def test_graphs_of_the_second_runner(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_of_the_second_runner_give_the_eager_results(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     """V2: its own manager captures and dispatches; it maps after that."""
     from vllm.config import CUDAGraphMode
     from vllm.v1.worker.gpu import cudagraph_utils

@@ -81,7 +81,7 @@ class Recorder:
         return taken
 
 
-def test_adapters_beside_a_quantised_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_add_their_paths_beside_a_quantised_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.lora.request import LoRARequest
 
     model = make_model(tmp_path / "model", "llama")

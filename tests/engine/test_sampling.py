@@ -84,14 +84,14 @@ def test_blocks_take_turns():
     assert turns == [[0], [], [1], [], [2], [], [0], []]
 
 
-def test_off_by_default(monkeypatch):
+def test_routing_is_not_sampled_by_default(monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_STEPS, raising=False)
     assert RoutingSampler.from_environment(3) is None
     monkeypatch.setenv(ENVIRONMENT_STEPS, "0")
     assert RoutingSampler.from_environment(3) is None
 
 
-def test_entropy_of_even_and_of_certain_weights():
+def test_entropy_is_greatest_for_even_weights_and_zero_for_certain_ones():
     even, certain = torch.full((1, 1, 4), 0.25), torch.tensor([[[1.0, 0.0, 0.0, 0.0]]])
     assert float(entropy(even)) == pytest.approx(math.log(4))
     assert float(entropy(certain)) == pytest.approx(0.0, abs=1e-6)

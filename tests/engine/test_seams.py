@@ -95,7 +95,7 @@ def test_list_names_every_method_that_the_managers_override() -> None:
         ([Parameter("a")], False),
     ],
 )
-def test_functions_that_take_the_expected_parameters(found: list[Parameter], fits: bool) -> None:
+def test_accepts_functions_that_take_the_expected_parameters(found: list[Parameter], fits: bool) -> None:
     assert accepts(found, ["a", "b"]) is fits
 
 

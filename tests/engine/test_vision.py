@@ -161,7 +161,7 @@ def test_an_adapter_of_another_backbone_is_refused_and_harms_nothing(vision: Vis
     check(vision, [(images(vision, 1, seed=6)[0], ("biased", "t1"))])
 
 
-def test_all_states_of_an_image(vision: Vision) -> None:
+def test_token_embed_gives_all_states_of_an_image(vision: Vision) -> None:
     from vllm import PoolingParams
 
     from mtlora.vllm_vision import image_prompt
@@ -189,7 +189,7 @@ def test_a_tasks_feature_is_a_part_of_the_engines(vision: Vision) -> None:
 
 
 @pytest.mark.parametrize("name", ["dinov2 with gates", "siglip"])
-def test_every_kind_of_family(name: str, tmp_path: Path) -> None:
+def test_other_families_give_the_encoders_states(name: str, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", name)
     with running_bare_engine(**arguments(model)) as engine:
         vision = Vision(engine, model, tmp_path)

@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 # ---- identity --------------------------------------------------------------------------------------------------------
 
 
-def test_identity_of_a_folder(folder: Path) -> None:
+def test_identity_says_architecture_and_size_and_does_not_change(folder: Path) -> None:
     identity = identify(folder)
     assert (identity.architecture, identity.hidden_size, identity.num_layers) == ("LlamaForCausalLM", 8, 2)
     assert identity == identify(folder)

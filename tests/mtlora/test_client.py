@@ -196,7 +196,7 @@ async def test_a_rollback_has_a_deadline_and_one_attempt(server: Server) -> None
 @pytest.mark.parametrize(
     ("retry", "timeout", "retry_after_s"), [(None, 10.0, 0.0), (FAST, None, 0.0), (FAST, 10.0, 60.0), (FAST, 0.5, 0.6)]
 )
-def test_a_call_that_is_not_repeated(
+def test_does_not_repeat_a_call_without_retry_or_time(
     server: Server, retry: Retry | None, timeout: float | None, retry_after_s: float
 ) -> None:
     """No retries, no deadline, or a RetryInfo beyond it: the failure is there at once."""

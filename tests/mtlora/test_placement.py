@@ -88,7 +88,7 @@ def test_keys_spread_evenly_and_a_busy_servers_go_to_one_other() -> None:
     assert {rendezvous.choose("a", busy) for _ in range(10)} == {rendezvous.order("a")[1]}
 
 
-def test_the_servers_of_a_target() -> None:
+def test_resolve_gives_the_servers_of_a_target() -> None:
     assert resolve("ipv4:10.0.0.2:1,10.0.0.1:1") == ("10.0.0.1:1", "10.0.0.2:1")
     assert resolve("ipv6:[::1]:1,[::2]:1") == ("[::1]:1", "[::2]:1")
     for name in ("127.0.0.1:7", "dns:///127.0.0.1:7", "dns:127.0.0.1:7", "dns://8.8.8.8/127.0.0.1:7"):

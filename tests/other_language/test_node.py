@@ -26,7 +26,7 @@ pytestmark = [
 ]
 
 
-def test_a_javascript_client(tmp_path: Path) -> None:
+def test_a_javascript_client_gets_the_answers_of_ours(tmp_path: Path) -> None:
     eyes, adapters, image = write_model(tmp_path / "eyes", "dinov2"), tmp_path / "adapters", tmp_path / "image.jpg"
     write_adapter(adapters / "a" / "1", [entry("open", stop=(), max_new_tokens=12)])
     sight = entry("sight", allowed_answers=("near", "far"), image=ImageInput(size=_SIZE))

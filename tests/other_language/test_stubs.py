@@ -27,7 +27,7 @@ def block(word: str) -> str:
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 @pytest.mark.skipif(not (HERE / "node_modules").is_dir(), reason="no node_modules: make test-node installs them")
-def test_types_for_typescript(tmp_path: Path) -> None:
+def test_typescript_types_are_made_as_documented(tmp_path: Path) -> None:
     (tmp_path / "node_modules").symlink_to(HERE / "node_modules")
     made = run(block("proto-loader-gen-types"), tmp_path)
     assert {"inference.ts", "adapters.ts", "usage.ts", "GenerateBatchRequest.ts", "UploadChunk.ts"} <= made
@@ -37,6 +37,6 @@ def test_types_for_typescript(tmp_path: Path) -> None:
     not all(map(shutil.which, ("go", "protoc", "protoc-gen-go", "protoc-gen-go-grpc"))),
     reason="go, protoc, protoc-gen-go or protoc-gen-go-grpc is not installed",
 )
-def test_stubs_for_go(tmp_path: Path) -> None:
+def test_go_stubs_are_made_as_documented(tmp_path: Path) -> None:
     made = run(block("--go_out"), tmp_path)
     assert {"inference.pb.go", "inference_grpc.pb.go", "adapters_grpc.pb.go", "usage_grpc.pb.go"} <= made

@@ -16,7 +16,7 @@ TEXTS = ["Once upon a time", "The door is ajar."]
 
 
 @pytest.mark.skipif(not INSTALLED.exists(), reason="no Triton client: make test-triton installs it")
-def test_tritons_client(tmp_path: Path) -> None:
+def test_tritons_client_gets_the_answers_of_ours(tmp_path: Path) -> None:
     properties = {"open": {"type": "boolean"}, "size": {"enum": ["small", "large"]}}
     schema = {"type": "object", "properties": properties, "required": [*properties]}
     written = entry("record", answer={"type": "json", "schema": schema}, max_new_tokens=48)

@@ -64,7 +64,7 @@ async def service(home: Home) -> AsyncIterator[Service]:
     await server.stop(0)
 
 
-async def test_load_list_pin_and_unload(service: Service) -> None:
+async def test_adapters_are_loaded_pinned_unloaded_and_rolled_back(service: Service) -> None:
     client = service.client
     assert (await service.call(client.load_adapter, "a", "1")).version == "1"
     assert service.home.serving() == {"x": "a/1", "y": "a/1"}
@@ -81,7 +81,7 @@ async def test_load_list_pin_and_unload(service: Service) -> None:
     assert (await service.call(client.rollback_adapter, "a")).version == "1"
 
 
-async def test_weights_of_an_adapter_and_of_a_task(service: Service) -> None:
+async def test_weights_of_a_task_come_before_those_of_its_adapter(service: Service) -> None:
     await service.call(service.client.set_adapter_weights, {"1": 30, "2": 70, "9": 0}, adapter="a")
     await service.call(service.client.set_adapter_weights, {"1": 1}, task="y")
     (listed,) = await service.call(service.client.adapters)
@@ -171,7 +171,9 @@ async def test_rejects_wrong_calls(service: Service, call: Any, code: grpc.Statu
     assert said in raised.value.message
 
 
-async def test_the_table_of_the_command(service: Service, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_the_table_of_the_command_shows_stages_and_weights(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
     await service.call(service.client.set_adapter_weights, {"1": 30, "2": 70}, adapter="a")
     await service.call(adapters_cli._print_table, await service.call(service.client.adapters))
     shown = capsys.readouterr().out
@@ -179,7 +181,7 @@ async def test_the_table_of_the_command(service: Service, capsys: pytest.Capture
     assert "1=30, 2=70" in shown
 
 
-def test_weights_on_the_command_line() -> None:
+def test_parses_weights_on_the_command_line() -> None:
     assert adapters_cli.parse_weights(["3=90", "v4=10"]) == {"3": 90, "v4": 10}
     for wrong in ("3", "=4", "3=", "3=-1", "3:4"):
         with pytest.raises(ValueError, match="VERSION=WEIGHT"):

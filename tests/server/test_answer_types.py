@@ -89,7 +89,7 @@ async def test_a_tasks_own_type_may_leave_defaults_out(
         ("", "cat", "cat"),
     ],
 )
-def test_values_of_answers(answer_type: str, text: str, value: object) -> None:
+def test_answers_have_values_of_their_types(answer_type: str, text: str, value: object) -> None:
     assert Answer(text, pb.Summary(), answer_type=answer_type).value == value
 
 

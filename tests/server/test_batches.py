@@ -362,7 +362,7 @@ async def test_streams_give_one_answer_with_its_token_ids(service: Service, clie
     assert [token async for piece in pieces for token in piece.token_ids] == [7, 8]
 
 
-async def test_samples_in_a_batch(service: Service, client: AsyncClient) -> None:
+async def test_each_item_of_a_batch_gets_its_samples(service: Service, client: AsyncClient) -> None:
     items = [make_request("one", letter, n=2, temperature=1.0, seed=1) for letter in "abc"]
     answers = await client.generate_all(items)
     assert [[sample.text for sample in each.result().samples] for each in answers] == [

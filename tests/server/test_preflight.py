@@ -130,7 +130,9 @@ def test_rejects_the_wrong_machine(
         ("0::/a\n", "b/memory.events", "oom_kill 9", 0),
     ],
 )
-def test_processes_killed_at_the_limit(tmp_path: Path, own: str, file: str, text: str, kills: int) -> None:
+def test_counts_the_processes_killed_at_the_memory_limit(
+    tmp_path: Path, own: str, file: str, text: str, kills: int
+) -> None:
     path = tmp_path / "root" / file
     path.parent.mkdir(parents=True)
     path.write_text(text + "\n")

@@ -257,7 +257,7 @@ async def test_rollback_serves_what_served_before_and_stays(home: Home) -> None:
     await eventually(lambda: len(home.engine.held) == 1)
 
 
-async def test_load_and_unload_by_name(home: Home) -> None:
+async def test_a_version_loaded_by_name_stays_and_an_unloaded_adapter_stays_away(home: Home) -> None:
     write(home.root / "a" / "1", "x")
     write(home.root / "a" / "2", "x", seed=2)
     await home.open()

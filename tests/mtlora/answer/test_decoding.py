@@ -186,7 +186,7 @@ def test_speculation_leaves_a_sequence_where_its_tokens_have_it(kind: str, worke
             assert list(allowed_tokens(outputs, grammar)) == list(allowed_tokens(plain, follow(accepted)))
 
 
-def test_tokens_of_a_set_alone() -> None:
+def test_next_token_allows_the_tokens_of_its_set_alone() -> None:
     outputs = _outputs("byte-level")
     grammar = outputs.grammar(next_token([3, 5]), 1, None)
     assert np.array_equal(allowed_tokens(outputs, grammar), [3, 5])
@@ -242,7 +242,7 @@ class _Steps(NamedTuple):
 
 
 @given(st.data())
-def test_the_most_that_may_be_left_after_a_token(data: st.DataObject) -> None:
+def test_worst_is_the_most_that_may_be_left_after_a_token(data: st.DataObject) -> None:
     states = data.draw(st.integers(1, 12))
     some = st.lists(st.integers(0, states - 1), max_size=3)
     edges = [[(1, 2, target) for target in data.draw(some)] for _ in range(states)]

@@ -175,7 +175,7 @@ def test_what_a_schema_lets_through_is_valid(schema: dict[str, Any], rng: random
         ('{"type": "object", "properties": {}, "additionalProperties": true}', "additionalProperties"),
     ],
 )
-def test_schemas_whose_answers_would_be_invalid(schema: str, message: str) -> None:
+def test_refuses_schemas_whose_answers_would_be_invalid(schema: str, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Json.model_validate({"schema": schema})
 
@@ -192,7 +192,7 @@ def test_enums_keep_the_values_of_their_type() -> None:
     assert [text for text in ('"a"', "null", "1") if answer.check(text)] == ['"a"', "null"]
 
 
-def test_a_grammar_of_rules() -> None:
+def test_a_grammar_accepts_what_its_rules_derive() -> None:
     answer = Grammar(
         rules='root ::= amount " " ("EUR" | "USD")  # an amount\namount ::= [1-9] [0-9]{0,5} ("." [0-9] [0-9])?'
     )
@@ -219,7 +219,7 @@ def test_what_many_places_refer_to_is_read_once() -> None:
     assert time.monotonic() - began < 2
 
 
-def test_a_short_grammar_that_is_long_when_written_out() -> None:
+def test_refuses_a_short_grammar_that_is_long_when_written_out() -> None:
     rules = [f'r{i} ::= "x" r{i + 1} | "y" r{i + 1}' for i in range(40)]
     began = time.monotonic()
     answer = Grammar(rules="\n".join(["root ::= r0", *rules, 'r40 ::= "a"']))

@@ -24,7 +24,7 @@ def _image(path: Path, shade: int) -> None:
     Image.fromarray(np.full((4, 4, 3), [shade % 256, shade // 256, 7], np.uint8)).save(path)
 
 
-def test_tasks_with_train_and_test(tmp_path: Path) -> None:
+def test_validation_comes_from_train_where_a_task_has_train_and_test(tmp_path: Path) -> None:
     for i in range(120):
         _image(tmp_path / "Leaf Kinds" / "train" / f"kind{i % 2}" / f"{i}.png", i)
     for i in range(10):
@@ -154,7 +154,7 @@ def _classes(folder: Path, count: int = 6, classes: Iterable[str] = "ab") -> Non
             _image(folder / name / f"{i}.png", zlib.crc32(f"{folder}{name}{i}".encode()) % 65536)
 
 
-def test_splits_by_other_names(tmp_path: Path) -> None:
+def test_finds_splits_by_other_names(tmp_path: Path) -> None:
     for task, names in (("one", ("Train", "val", "TEST")), ("two", ("training", "Valid", "testing"))):
         for name in names:
             _classes(tmp_path / task / name)
@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
         load_suite(str(tmp_path))
 
 
-def test_a_manifest_of_any_editor(tmp_path: Path) -> None:
+def test_reads_a_manifest_of_any_editor(tmp_path: Path) -> None:
     lines = []
     for i in range(8):
         _image(tmp_path / f"{i}.png", i)
@@ -273,7 +273,7 @@ def test_a_manifest_of_any_editor(tmp_path: Path) -> None:
         ("PPM", "L", "pgm"),
     ],
 )
-def test_formats_of_published_data_sets(tmp_path: Path, kind: str, mode: str, suffix: str) -> None:
+def test_reads_the_formats_of_published_data_sets(tmp_path: Path, kind: str, mode: str, suffix: str) -> None:
     for i, name in enumerate("ab"):
         (tmp_path / "t" / name).mkdir(parents=True)
         Image.new(mode, (5, 4), 200 + i if mode in ("L", "I;16") else (200, 100, i)).save(

@@ -100,7 +100,9 @@ def test_no_answer_that_does_not_know_the_map_is_above_the_ceiling() -> None:
         assert sum(best) / len(best) == pytest.approx(suite.ceiling)
 
 
-def test_digits_of_a_package_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_digits_are_read_where_their_package_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
     rows = [[*rng.integers(0, 17, 64).tolist(), i % 10] for i in range(100)]
     file = tmp_path / "digits.csv.gz"

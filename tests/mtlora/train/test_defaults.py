@@ -48,7 +48,7 @@ def test_a_folder_of_images_gets_defaults_of_its_own(photos: Path, vision: Path)
     assert training_config({"suite": str(photos), "max_steps": 2}, suite, vision).epochs == 1
 
 
-def test_generated_images_have_a_number(vision: Path) -> None:
+def test_generated_images_are_limited_by_default(vision: Path) -> None:
     config = training_config(
         {"suite": "builtin-vision", "tasks": ["shapes"], "epochs": 1}, load_suite("builtin-vision"), vision
     )

@@ -65,7 +65,7 @@ def test_routing_follows_task_biases_and_ignores_padding(tiny_backbone: Path, ta
     torch.testing.assert_close(together[0], mean, rtol=1e-4, atol=1e-5)
 
 
-def test_numbers_of_experts_for_a_known_routing() -> None:
+def test_a_known_routing_has_its_numbers_of_experts() -> None:
     weights = torch.tensor([[[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]], [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]])
     found = Routing(("a", "b"), ("0.mlp",), weights.unsqueeze(1), torch.full((2, 1), math.log(2)))
     assert found.experts_of_all().item() == pytest.approx(2, rel=1e-4)
@@ -99,7 +99,7 @@ def test_task_gradients_equal_the_losses_gradients(tiny_backbone: Path, tasks_an
     torch.testing.assert_close(cosines(task_gradients(adapted, alike, given)), torch.ones(3, 3))
 
 
-def test_spectra_for_known_experts() -> None:
+def test_spectra_give_the_sigmas_and_overlaps_of_known_experts() -> None:
     B = torch.zeros(2, 2, 8, 2)
     # Block 0: the same expert twice, with one direction. Block 1: two orthogonal experts with two equal directions.
     B[0, :, 0, 0] = 3.0

@@ -154,7 +154,7 @@ def test_a_warm_start_takes_paths_and_heads(backbone: Path, folder: Path, tmp_pa
     ids=lambda method: str(method["method"]),
 )
 @pytest.mark.parametrize("heads", ["own", "all classes", "label words"])
-def test_baselines_and_head_spaces(
+def test_baselines_learn_with_every_kind_of_heads(
     backbone: Path, folder: Path, tmp_path: Path, method: dict[str, Any], heads: str
 ) -> None:
     config = _config(folder, baseline=method, spectral="off", heads=heads, max_steps=2)
@@ -337,7 +337,7 @@ def test_size_and_pooling_follow_the_backbone(
     assert {(task.image.size, task.image.pooling) for task in manifest.tasks if task.image} == {(size, pooling)}
 
 
-def test_eval_from_the_command_line(
+def test_eval_on_the_command_line_records_metrics_and_temperatures(
     backbone: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Trainer(_config(folder), backbone, tmp_path / "run").fit()

@@ -34,7 +34,7 @@ def test_transformers_takes_the_folder_and_computes_the_same(folder: Path) -> No
         torch.testing.assert_close(found_BTD, expected_BTD, atol=1e-4, rtol=0)
 
 
-def test_identity_and_normalisation(folder: Path) -> None:
+def test_the_default_backbone_keeps_its_fingerprint_and_normalisation(folder: Path) -> None:
     identity = identify(folder)
     assert (identity.architecture, identity.hidden_size, identity.num_layers) == ("Dinov2Model", 384, 12)
     # Adapters store this fingerprint, so another reader of the file must give the same weights and names.

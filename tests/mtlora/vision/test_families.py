@@ -214,7 +214,7 @@ def test_normalisation_is_the_folders_or_the_familys(folder: Path, tmp_path: Pat
             read_normalisation(out)
 
 
-def test_sizes_of_images_in_positions(folder: Path) -> None:
+def test_num_positions_of_small_and_whole_images(folder: Path) -> None:
     config = read_config(folder)
     assert [config.num_positions(size) for size in (PATCH, SIZE)] == [2, 17]
     with torch.device("meta"):

@@ -165,7 +165,7 @@ def test_swaps_under_load_lose_nothing(gamma: Path, client: Client) -> None:
     assert versions == {"1", "2", "3"}
 
 
-def test_pin_and_list(gamma: Path, client: Client) -> None:
+def test_a_pinned_adapter_is_listed_as_pinned(gamma: Path, client: Client) -> None:
     client.pin_adapter("gamma")
     listed = served(client, "gamma")
     assert listed.pinned

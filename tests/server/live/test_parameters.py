@@ -24,7 +24,7 @@ def words(backbone: Path) -> dict[str, int]:
     return json.loads((backbone / "tokenizer.json").read_text())["model"]["vocab"]
 
 
-def test_a_batch_of_several_adapters(client: Client) -> None:
+def test_a_batch_answers_items_of_several_adapters_beside_a_failed_one(client: Client) -> None:
     items = [("open", PROMPT), ("none", "x"), ("count_words", "a b c"), ("open", PROMPT)]
     first, missing, counted, again = client.generate_all(items)
     assert missing.error is not None
@@ -35,7 +35,7 @@ def test_a_batch_of_several_adapters(client: Client) -> None:
     assert sorted(index for index, each in streamed.items() if each.answer) == [0, 2, 3]
 
 
-def test_the_likeliest_of_several_samples(client: Client) -> None:
+def test_best_of_gives_the_likeliest_of_the_samples(client: Client) -> None:
     sampled = {"temperature": 1.0, "seed": 3, "max_new_tokens": 4, "logprobs": 1}
     answer = client.generate("open", PROMPT, n=4, **sampled, **ALONE)
     assert len({sample.text for sample in answer.samples}) > 1
@@ -50,7 +50,7 @@ def test_the_likeliest_of_several_samples(client: Client) -> None:
     assert answer.summary.prompt_tokens == best.summary.prompt_tokens
 
 
-def test_tokens_that_may_and_may_not_come(client: Client, words: dict[str, int]) -> None:
+def test_allowed_banned_and_biased_tokens_and_stops_shape_the_answer(client: Client, words: dict[str, int]) -> None:
     a, b = words["a"], words["b"]
     asked = {"max_new_tokens": 6, "stop": [], "return_token_ids": True, **ALONE}
     assert set(client.generate("open", PROMPT, allowed_tokens=[a, b], **asked).token_ids) <= {a, b}
@@ -66,7 +66,7 @@ def test_tokens_that_may_and_may_not_come(client: Client, words: dict[str, int])
     assert free[1] not in longer.token_ids[:3]
 
 
-def test_prompts_as_token_ids_and_their_logprobs(client: Client, words: dict[str, int]) -> None:
+def test_prompts_as_token_ids_have_logprobs(client: Client, words: dict[str, int]) -> None:
     ids = [words[word] for word in ("Once", "Ġupon", "Ġa", "Ġtime")]
     answer = client.generate("open", ids, prompt_logprobs=2, max_new_tokens=2, **ALONE)
     assert [token.chosen.token_id for token in answer.prompt_logprobs] == ids[1:]

@@ -83,9 +83,12 @@ def test_the_backbone_alone_answers_a_chat(client: Client) -> None:
     assert client.generate("open", chat, without_adapter=True).text == "The capital city of France is Paris."
 
 
-def test_fills_named_fields(client: Client) -> None:
-    answer = client.generate("pair", {"first": "a", "second": "b"}, without_adapter=True)
-    assert answer.summary.prompt_tokens > 5
+def test_named_fields_fill_the_template(client: Client) -> None:
+    asked = {"without_adapter": True, "prompt_logprobs": 1, "max_new_tokens": 1}
+    found = client.generate("pair", {"first": "a", "second": "b"}, **asked)
+    filled = client.generate("open", "First: a\nSecond: b\nAnswer:", **asked)
+    tokens = [[token.chosen.token_id for token in each.prompt_logprobs] for each in (found, filled)]
+    assert tokens[0] == tokens[1] != []
 
 
 @pytest.mark.parametrize("without_adapter", [True, False])
@@ -353,7 +356,7 @@ def test_all_processes_stay_below_four_gib(server: ServerProcess) -> None:
     assert resident < 4 << 30
 
 
-def test_the_ask_command(server: ServerProcess, client: Client) -> None:
+def test_the_ask_command_prints_the_answer_or_the_error(server: ServerProcess, client: Client) -> None:
     expected = client.generate("open", "Once upon a time", without_adapter=True).text
     address = ("--address", server.address, "--without-adapter")
     assert run_cli("ask", "open", "Once upon a time", *address).stdout.strip() == expected
@@ -368,7 +371,7 @@ def test_the_ask_command(server: ServerProcess, client: Client) -> None:
     assert run_cli("ask", "open", "--field", "x", *address).returncode == 2
 
 
-def test_the_tasks_command(server: ServerProcess) -> None:
+def test_the_tasks_command_prints_tasks_and_versions(server: ServerProcess) -> None:
     done = run_cli("tasks", "--address", server.address)
     assert done.returncode == 0
     assert "count_words" in done.stdout
