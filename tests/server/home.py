@@ -55,6 +55,17 @@ class Engine(Loads):
         await super().load(folder, slots)
 
 
+class Watched(Folder):
+    """Counts its looks."""
+
+    looks = 0
+
+    async def look(self) -> dict[str, dict[str, Found]] | None:
+        found = await super().look()
+        self.looks += 1
+        return found
+
+
 class Home:
     """A registry over a folder, and all that it published."""
 
@@ -85,9 +96,8 @@ class Home:
             warm=self._warm,
             events=events,
         )
-        self.registry = Registry(
-            Folder(root, events), lifecycle, self.tables.append, on_swap=metrics.adapter_swap.observe
-        )
+        self.folder = Watched(root, events)
+        self.registry = Registry(self.folder, lifecycle, self.tables.append, on_swap=metrics.adapter_swap.observe)
         self._running: asyncio.Task[None] | None = None
 
     async def _warm(self, version: AdapterVersion) -> None:
@@ -121,3 +131,10 @@ class Home:
 
     async def until_serving(self, task: str, version: str) -> None:
         await eventually(lambda: self.serving().get(task) == version)
+
+    async def looked(self) -> None:
+        """Wait until the registry that follows the folder has seen what lies there now, and done what follows."""
+        # The first of these looks may have begun before.
+        seen = self.folder.looks + 2
+        await eventually(lambda: self.folder.looks >= seen)
+        await eventually(lambda: not any(record.following for record in self.registry.records.values()))

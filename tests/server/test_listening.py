@@ -13,6 +13,7 @@ from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mtlora_pb.v1 import inference_pb2_grpc
 
+from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, MetricsPage, ServerError, make_request
 from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
 from server.rpc.listening import listen_for_probes
@@ -187,7 +188,8 @@ async def test_limits_calls_of_a_connection() -> None:
         await client.generate("one", "x")
         service.engine.hold = asyncio.Event()
         calls = [asyncio.create_task(client.generate("one", "x")) for _ in range(4)]
-        await asyncio.sleep(0.5)
+        await eventually(lambda: service.engine.running == 2)
+        await asyncio.sleep(0.2)
         assert service.engine.running == 2
         service.engine.hold.set()
         # The other calls waited in the client, or were refused: gRPC does either.

@@ -124,7 +124,7 @@ async def test_the_same_bytes_again_change_nothing(home: Home) -> None:
     home.follow()
     slot = home.tables[-1].tasks["x"].slot
     (home.root / "a" / "1" / "adapter.json").touch()
-    await asyncio.sleep(0.5)
+    await home.looked()
     assert home.tables[-1].tasks["x"].slot is slot
     assert len(home.engine.held) == 1
 
@@ -172,7 +172,7 @@ async def test_a_failure_at_any_stage_leaves_the_old_version_serving(home: Home,
     await eventually(lambda: len(home.engine.held) == 1)
     assert home.metrics.get_sample_value("mtlora_adapter_failures_total", {"stage": stage.value}) == 1
     # It fails once.
-    await asyncio.sleep(0.4)
+    await home.looked()
     assert home.stages("2").count(Stage.FAILED) == 1
 
 
@@ -232,7 +232,7 @@ async def test_a_version_that_vanishes_serves_on(home: Home) -> None:
     home.follow()
     shutil.rmtree(home.root / "a")
     await eventually(lambda: Stage.VANISHED in home.stages("2"))
-    await asyncio.sleep(0.3)
+    await home.looked()
     assert home.serving() == {"x": "a/2"}
     # A new engine loads it from its copy.
     home.engine.held.clear()
@@ -248,7 +248,7 @@ async def test_rollback_serves_what_served_before_and_stays(home: Home) -> None:
     await home.until_serving("x", "a/2")
     assert (await home.registry.rollback("a")).version == "1"
     assert home.serving() == {"x": "a/1"}
-    await asyncio.sleep(0.3)
+    await home.looked()
     assert home.serving() == {"x": "a/1"}
     with pytest.raises(NotPossibleError, match="nothing served before"):
         await home.registry.rollback("a")
@@ -263,12 +263,12 @@ async def test_a_version_loaded_by_name_stays_and_an_unloaded_adapter_stays_away
     await home.open()
     home.follow()
     await home.registry.load("a", "1")
-    await asyncio.sleep(0.3)
+    await home.looked()
     assert home.serving() == {"x": "a/1"}
     await home.registry.unload("a")
     assert home.serving() == {}
     await eventually(lambda: home.engine.held == [])
-    await asyncio.sleep(0.3)
+    await home.looked()
     assert home.serving() == {}
     assert (await home.registry.load("a")).version == "2"
     assert home.serving() == {"x": "a/2"}
@@ -290,7 +290,7 @@ async def test_weights_split_requests_and_hold_new_versions_back(home: Home) -> 
     assert chosen == [table.choose(table.tasks["x"], f"user-{n}".encode()).adapter_version for n in range(1000)]
     assert {table.choose(table.tasks["y"], bytes([n])).adapter_version for n in range(50)} == {"2"}
     write(home.root / "a" / "3", "x", "y", seed=3)
-    await asyncio.sleep(0.4)
+    await home.looked()
     assert home.serving() == {"x": "a/2", "y": "a/2"}
     with pytest.raises(UnknownAdapterError):
         await home.registry.set_weights("a", {"7": 1})
@@ -459,7 +459,7 @@ async def test_an_adapter_that_comes_back_finds_the_versions_that_still_run(home
         await home.registry.unload("a")
         shutil.rmtree(home.root / "a")
         await eventually(lambda: not home.registry.records["a"].found)
-        await asyncio.sleep(0.2)
+        await home.looked()
         write(home.root / "a" / "1", "x")
         await home.registry.load("a")
         assert home.tables[-1].tasks["x"].version is version

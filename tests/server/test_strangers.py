@@ -109,7 +109,7 @@ async def test_one_peer_holds_so_many_calls_without_a_key(tmp_path: Path) -> Non
         assert [(await call.read()).status for call in held] == [1, 1, 1]
         held += [half_open(channel, path) for path in (WATCH, CHECK, REFLECT, LIVE, CHECK)]
         # They may reach the server in another order.
-        await asyncio.sleep(0.5)
+        await eventually(lambda: service.anonymous._open.total() == 8)
         for path in (WATCH, CHECK, REFLECT, LIVE):
             refused = half_open(channel, path)
             async with asyncio.timeout(5):
@@ -119,7 +119,7 @@ async def test_one_peer_holds_so_many_calls_without_a_key(tmp_path: Path) -> Non
             await client.generate("one", "x")
         for call in held:
             call.cancel()
-        await asyncio.sleep(0.2)
+        await eventually(lambda: not service.anonymous._open)
         await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
 
 

@@ -8,6 +8,7 @@ import grpc
 import pytest
 from mtlora_pb.v1 import inference_pb2_grpc
 
+from benchmarks.harness.waiting import eventually
 from mtlora.client import AsyncClient, make_request
 from server.errors import RequestFailedError
 from server.job import Delta, TokenLogprob, TokenLogprobs
@@ -93,10 +94,9 @@ async def test_a_slow_reader_holds_up_itself_alone_and_is_ended() -> None:
             await call.read()
             # The only slot is free again, although nobody reads the stream.
             assert (await asyncio.wait_for(quick.generate("one", "y"), 5)).text
-            await asyncio.sleep(1.5)
-            assert service.value("mtlora_requests_in_flight") == 0
-            name = "mtlora_requests_total"
-            assert service.value(name, method="GenerateStream", task="one", status="RESOURCE_EXHAUSTED") == 1
+            counted = {"method": "GenerateStream", "task": "one", "status": "RESOURCE_EXHAUSTED"}
+            await eventually(lambda: service.value("mtlora_requests_total", **counted) == 1)
+            await eventually(lambda: service.value("mtlora_requests_in_flight") == 0)
             # The client gets the status when it reads on.
             with pytest.raises(grpc.aio.AioRpcError):
                 await _read_on(call)
