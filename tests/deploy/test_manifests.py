@@ -237,6 +237,14 @@ def test_policy_finds_violations(overlay: str, name: str, request: pytest.Fixtur
     assert any(message in found for found in manifests.violations(damaged))
 
 
+def check_validation(objects: list[dict[str, Any]], kind: str, damage: Damage) -> None:
+    """The object of a kind is valid, and is not once it is damaged."""
+    damaged = copy.deepcopy(one(objects, kind))
+    assert manifests.validate(damaged) == []
+    damage(damaged)
+    assert manifests.validate(damaged) != []
+
+
 INVALID_POOL: dict[str, tuple[str, Damage]] = {
     "port": ("InferencePool", lambda m: m["spec"]["targetPorts"][0].update(number="50051")),
     "protocol": ("InferencePool", lambda m: m["spec"].update(appProtocol="grpc")),
@@ -250,11 +258,7 @@ INVALID_POOL: dict[str, tuple[str, Damage]] = {
 @needs_kustomize
 @pytest.mark.parametrize("name", INVALID_POOL)
 def test_validation_finds_errors_of_an_inference_pool(name: str, pool: list[dict[str, Any]]) -> None:
-    kind, damage = INVALID_POOL[name]
-    damaged = copy.deepcopy(one(pool, kind))
-    assert manifests.validate(damaged) == []
-    damage(damaged)
-    assert manifests.validate(damaged) != []
+    check_validation(pool, *INVALID_POOL[name])
 
 
 # What the charts make for the endpoint picker, as far as it matters here.
@@ -322,11 +326,7 @@ INVALID: dict[str, tuple[str, Damage]] = {
 @needs_kustomize
 @pytest.mark.parametrize("name", INVALID)
 def test_validation_finds_errors(name: str, cpu: list[dict[str, Any]]) -> None:
-    kind, damage = INVALID[name]
-    damaged = copy.deepcopy(one(cpu, kind))
-    assert manifests.validate(damaged) == []
-    damage(damaged)
-    assert manifests.validate(damaged) != []
+    check_validation(cpu, *INVALID[name])
 
 
 @needs_kustomize

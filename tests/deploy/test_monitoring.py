@@ -97,9 +97,7 @@ def test_expressions_name_existing_labels() -> None:
     labels = {label for each in Metrics().labels.values() for label in each}
     # Labels of the scrape and of histograms.
     labels |= {"namespace", "pod", "job", "le"}
-    expressions = [rule["expr"] for rule in rules()]
-    expressions += [target["expr"] for panel in dashboard.dashboard()["panels"] for target in panel.get("targets", ())]
-    for expression in expressions:
+    for expression in [*(rule["expr"] for rule in rules()), *queries()]:
         grouped = [
             name for group in re.findall(r"(?:by|on) ?\(([^)]*)\)", expression) for name in re.split(r",\s*", group)
         ]
