@@ -1,6 +1,5 @@
 """Adapters that come and go on the session's server: every call of the service, on the real engine."""
 
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
 from tests.server.helpers import run_cli
+from tests.server.live.published import published
 
 TEXT = "The quick brown fox"
 TASKS = [entry("gamma_one", stop=(), max_new_tokens=8), entry("gamma_two", stop=(), max_new_tokens=8)]
@@ -23,13 +23,8 @@ TASKS = [entry("gamma_one", stop=(), max_new_tokens=8), entry("gamma_two", stop=
 
 @pytest.fixture
 def gamma(adapters: Path, client: Client) -> Iterator[Path]:
-    """An adapter's folder, with version 1 serving; unloaded and removed afterwards."""
-    write_adapter(adapters / "gamma" / "1", TASKS, seed=1)
-    client.load_adapter("gamma")
-    yield adapters / "gamma"
-    client.unload_adapter("gamma")
-    shutil.rmtree(adapters / "gamma")
-    wait_until(lambda: "gamma" not in {adapter.name for adapter in client.adapters()}, 10)
+    with published(adapters / "gamma", client, TASKS) as folder:
+        yield folder
 
 
 def version(client: Client, **parameters: Any) -> str:

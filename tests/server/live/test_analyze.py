@@ -1,6 +1,5 @@
 """Many tasks about one document, on the real engine."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from mtlora.client import Answer, Client
 from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
 from tests.server.helpers import run_cli
+from tests.server.live.published import published
 
 DOCUMENT = " ".join(f"Item {i}: {i * 7 % 31} boxes of part {i * 13 % 97}." for i in range(30))
 TASKS = [
@@ -24,13 +24,8 @@ BLOCK = 32
 
 @pytest.fixture(scope="module")
 def papers(adapters: Path, client: Client) -> Iterator[Path]:
-    """An adapter's folder, with version 1 serving; unloaded and removed afterwards."""
-    write_adapter(adapters / "papers" / "1", TASKS, seed=1, activation="task")
-    client.load_adapter("papers")
-    yield adapters / "papers"
-    client.unload_adapter("papers")
-    shutil.rmtree(adapters / "papers")
-    wait_until(lambda: "papers" not in {adapter.name for adapter in client.adapters()}, 10)
+    with published(adapters / "papers", client, TASKS, activation="task") as folder:
+        yield folder
 
 
 def begun(answer: Answer) -> float:
