@@ -17,8 +17,9 @@ from mtlora.adapter import AdapterSet, Attachment
 from mtlora.checkpoint.format import head_names
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
-from mtlora.evaluation.evaluate import Answerer, score
+from mtlora.evaluation.answerers import Answerer
 from mtlora.evaluation.images import features, pixels, same_input
+from mtlora.evaluation.scores import score
 from mtlora.model.baseline import BaselineManifest, write_baseline
 from mtlora.model.language import adapter_tensors
 from mtlora.model.vision import fitted_tasks, new_adapted_encoder

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mtlora.adapter import Attachment
-from mtlora.evaluation.evaluate import Answerer
+from mtlora.evaluation.answerers import Answerer
 from mtlora.suite.base import Suite
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig

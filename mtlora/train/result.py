@@ -9,7 +9,8 @@ import torch
 from mtlora.checkpoint.format import PROJECTOR_NAMES, AdapterManifest, TaskEntry
 from mtlora.checkpoint.read import read_manifest
 from mtlora.checkpoint.write import write_checkpoint
-from mtlora.evaluation.evaluate import offline_answerer, score
+from mtlora.evaluation.offline import offline_answerer
+from mtlora.evaluation.scores import score
 from mtlora.model.baseline import BaselineManifest, read_baseline_manifest, write_baseline
 from mtlora.model.language import AdaptedModel, adapter_tensors
 from mtlora.suite.base import Example

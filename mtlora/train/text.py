@@ -10,7 +10,8 @@ from torch import nn
 
 from mtlora.adapter import Attachment
 from mtlora.checkpoint.read import read_checkpoint
-from mtlora.evaluation.evaluate import Answerer, offline_answerer
+from mtlora.evaluation.answerers import Answerer
+from mtlora.evaluation.offline import offline_answerer
 from mtlora.families import decoder_layers
 from mtlora.model.language import new_adapted_model
 from mtlora.suite.base import Suite

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, Client, ServerError
-from mtlora.evaluation.evaluate import server_answerer
+from mtlora.evaluation.server import server_answerer
 from mtlora.suite.base import Example
 from server import cli
 from tests.faults._certificates import Issued, authority, issue

@@ -17,19 +17,14 @@ from mtlora.checkpoint.format import TENSORS_FILE, TaskEntry
 from mtlora.checkpoint.read import read_manifest
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.cli import main
-from mtlora.cli.evaluate import summary
+from mtlora.cli.scores import summary
 from mtlora.config import MtLoRAConfig
-from mtlora.evaluation.evaluate import (
-    PromptError,
-    few_shot_prompt,
-    likelihood_answerer,
-    offline_answerer,
-    plain_prompt,
-    score,
-    server_answerer,
-)
 from mtlora.evaluation.generate import Prompt, greedy_answers, greedy_tokens
 from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of
+from mtlora.evaluation.offline import PromptError, likelihood_answerer, offline_answerer
+from mtlora.evaluation.scores import score
+from mtlora.evaluation.server import server_answerer
+from mtlora.evaluation.shots import few_shot_prompt, plain_prompt
 from mtlora.model.language import AdaptedModel, adapter_tensors, new_adapted_model
 from mtlora.suite import Example, FolderSuite
 
@@ -267,8 +262,8 @@ def test_the_bar_moves_while_the_first_answer_is_awaited(monkeypatch: pytest.Mon
                 time.sleep(0.01)
             return SimpleNamespace(text=f"answer {text}")
 
-    monkeypatch.setattr("mtlora.evaluation.evaluate._bar", lambda *arguments: bar)
-    monkeypatch.setattr("mtlora.client.Client", lambda address, access: nullcontext(Client()))
+    monkeypatch.setattr("mtlora.evaluation.server.answer_bar", lambda *arguments: bar)
+    monkeypatch.setattr("mtlora.evaluation.server.Client", lambda address, access: nullcontext(Client()))
     assert server_answerer("nowhere", concurrency=2)(examples) == [f"answer {i}" for i in range(8)]
     assert bar.n == 8
 

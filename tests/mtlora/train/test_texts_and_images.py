@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from mtlora.backbone import identify
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.errors import MtLoRAError
-from mtlora.evaluation.evaluate import offline_answerer, offline_labeller, with_other_images
+from mtlora.evaluation.answerers import with_other_images
+from mtlora.evaluation.offline import offline_answerer, offline_labeller
 from mtlora.model.language import load_adapted_model
 from mtlora.train.config import TrainingConfig
 from mtlora.train.trainer import Trainer
