@@ -68,6 +68,7 @@ class Text:
             from mtlora.model.soft_tokens import ImageReader
 
             self.adapted.reader = ImageReader(vision, config.merge_patches, self.adapted.backbone.hidden_size)
+            self.tasks = tasks = self.adapted.reader.fitted_tasks(tasks)
             self.trained = _Trained(self.adapted.adapters, self.adapted.reader.projector)
         if config.init_from is not None:
             warm_start(self.adapted, config.adapter, tasks, Path(config.init_from))

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 
 from mtlora.errors import BackboneError
-from mtlora.vision.image_input import ImageInput
+from mtlora.vision.image_input import ImageInput, ImagePreparation
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,25 @@ class VisionConfig:
     def fitted(self, image: ImageInput) -> ImageInput:
         """An input whose size and pooling this backbone allows, where the task leaves them open.
 
-        size: the default if patches divide it, else 8 patches a side, or as many as the backbone was trained with.
+        size: see `fitted_size`.
         """
         found: dict[str, object] = {}
-        if "size" not in image.model_fields_set and image.size % self.patch_size:
-            found["size"] = min(_PATCHES, self.grid_size) * self.patch_size
+        if (size := self.fitted_size(image)) != image.size:
+            found["size"] = size
         if "pooling" not in image.model_fields_set and not self.traits.class_token:
             found["pooling"] = "mean"
         return image.model_copy(update=found) if found else image
+
+    def fitted_size(self, image: ImagePreparation, merge: int = 1) -> int:
+        """The size of a task's images, in pixels of a side; merge: patches of a side of a soft token's square.
+
+        If the task leaves it open: the default where such squares divide it, else as many squares as fit into 8 patches
+        a side, or into those that the backbone was trained with.
+        """
+        square = merge * self.patch_size
+        if "size" in image.model_fields_set or not image.size % square:
+            return image.size
+        return max(1, min(_PATCHES, self.grid_size) // merge) * square
 
     def check(self, inputs: Mapping[str, ImageInput]) -> None:
         """Raise BackboneError for a task of images, by its id, whose size or pooling this backbone does not allow."""
