@@ -38,6 +38,10 @@ def add_parser(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--split", choices=("train", "validation", "test"), help="built-in: test; folder: all it holds")
     parser.add_argument("--examples", type=int, metavar="N", help="of each task (built-in: 40; folder: all)")
+    parser.add_argument(
+        "--unreadable-images", choices=("error", "skip"), default="error",
+        help="of images: skip: leave out files that cannot be decoded, and say of which classes they are",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="which examples, and which shots, are drawn")
     parser.add_argument(
         "--shots", type=int, default=0, metavar="K", help="solved training examples before each input (default: 0)"
@@ -69,11 +73,10 @@ def _eval(args: argparse.Namespace) -> int:
     from mtlora.checkpoint.read import read_checkpoint
     from mtlora.checkpoint.write import record_evaluation
     from mtlora.evaluation.scores import score
-    from mtlora.suite import load_suite
 
     _check_flags(args)
     _make_folder(args.json)
-    suite = load_suite(args.suite)
+    suite = _suite(args)
     backbone = resolve(backbone_for(args.backbone, suite))
     checkpoint = read_checkpoint(args.adapter, identify(backbone)) if args.adapter else None
     tasks = checkpoint.manifest.tasks if checkpoint else _table(suite, backbone)
@@ -130,7 +133,7 @@ def _check_inputs(args: argparse.Namespace, tasks: "Sequence[TaskEntry]", exampl
             "--shots, --scoring and --through are for text; this suite is of images",
         ),
     )
-    if sizes:
+    if sizes and args.unreadable_images == "error":
         from mtlora.suite.vision.pixels import check_readable
 
         check_readable((example, sizes[example.task_id]) for example in examples)
@@ -154,6 +157,17 @@ def _make_folder(file: Path | None) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MtLoRAError(f"--json {file}: {error.strerror}") from None
+
+
+def _suite(args: argparse.Namespace) -> "Suite":
+    from mtlora.suite import load_suite
+
+    suite = load_suite(args.suite)
+    if args.unreadable_images == "error":
+        return suite
+    from mtlora.suite.vision.pixels import readable
+
+    return readable(suite)
 
 
 def _table(suite: "Suite", backbone: Path) -> "tuple[TaskEntry, ...]":

@@ -60,6 +60,12 @@ class TrainingConfig(BaseModel):
     longer_examples: Literal["error", "skip"] = Field(
         "error", description="what to do with a training example above max_length; skipped ones are counted"
     )
+    unreadable_images: Literal["error", "skip"] = Field(
+        "error",
+        description="of images: what to do with files that cannot be decoded; skipped ones are told by class",
+        # Results of sweeps are compared with their configuration: those without this field stay valid.
+        exclude_if=lambda unreadable: unreadable == "error",
+    )
     learning_rate: float = Field(2e-3, gt=0)
     router_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of routers and task biases")
     head_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of heads (images)")

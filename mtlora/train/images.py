@@ -75,7 +75,8 @@ class Images:
         self.ends_with_best = bool(self.validation)
         if not self.train:
             raise SuiteError(f"suite {suite.name}: no training examples; examples_per_task asks for none")
-        self._check_files()
+        if config.unreadable_images == "error":
+            self._check_files()
         self._start: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if config.init_from is not None:
             self._warm_start(Path(config.init_from))

@@ -12,9 +12,8 @@ import torch
 import mtlora
 from mtlora.checkpoint.format import AdapterManifest
 from mtlora.model.baseline import BaselineManifest
-from mtlora.suite import load_suite
 from mtlora.train.config import DivergedError, TrainingConfig
-from mtlora.train.examples import chosen_tasks
+from mtlora.train.examples import chosen_tasks, load_run_suite
 from mtlora.train.losses import SPECTRAL_LOSSES, balance_loss
 from mtlora.train.modality import open_modality
 from mtlora.train.optimizer import learning_rate, make_optimizer
@@ -68,7 +67,7 @@ class Trainer:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(config.seed)
-        self.suite = load_suite(config.suite)
+        self.suite = load_run_suite(config)
         self.tasks = chosen_tasks(self.suite, config.tasks)
         self.work = open_modality(config, self.suite, self.tasks, backbone, vision)
         self.adapted, self.batches = self.work.adapted, self.work.batches
