@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class RunExamples:
     """`train` and `validation`, encoded, and in `skipped` how many of each task are too long to train on.
 
-    evaluated: the examples of `validation`. They are short enough that the task's longest answer fits into the
-    backbone's positions. Raises SuiteError for an example that the configuration does not allow, and for a task without
-    a training example.
+    evaluated: the examples of `validation`. They are short enough that the task's longest answer fits into `room`, the
+    backbone's positions in tokens. Raises SuiteError for an example that the configuration does not allow, and for a
+    task without a training example.
     """
 
     def __init__(

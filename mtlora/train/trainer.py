@@ -41,7 +41,7 @@ class Trainer:
     """One run. `fit` trains, or resumes training, and writes the checkpoint.
 
     vision: the vision backbone's folder, for tasks that take text and an image. announce: called with the trainer when
-    all is checked and before any work is done.
+    all is checked and before any work is done. Raises MtLoRAError, with nothing written, for what cannot be trained.
 
     With torchrun, each process makes its own Trainer of the same configuration; the first one writes.
     """
@@ -125,7 +125,7 @@ class Trainer:
         return read_result(self.folder.checkpoint, self.config)
 
     def train_step(self) -> StepReport:
-        """One optimizer step on the next batch of the schedule."""
+        """One optimizer step on the next batch of the schedule. Raises DivergedError as `fit` does."""
         config, work, ranks, clock = self.config, self.work, self.ranks, self.clock
         work.trained.train()
         with clock("batch"):
