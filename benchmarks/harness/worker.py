@@ -7,7 +7,7 @@ A worker is a module that ends in
 
 and is used by
 
-    with WorkerProcess("benchmarks.engine_worker", settings) as worker:
+    with WorkerProcess("benchmarks.engine.worker", settings) as worker:
         reply = worker.ask({...})
 """
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks import claim as module
-from benchmarks.claim import BATCH, METHODS, RATES, SMOKE, Cell, Claim, Size, main
-from benchmarks.claim_cells import LOWER, UPPER, Cells
-from benchmarks.claim_decisions import decide
-from benchmarks.claim_report import decided, markdown, summarise, write_claim
-from benchmarks.claim_results import keep, restore
+from benchmarks.claim import __main__ as module
+from benchmarks.claim.__main__ import BATCH, METHODS, RATES, SMOKE, Cell, Claim, Size, main
+from benchmarks.claim.cells import LOWER, UPPER, Cells
+from benchmarks.claim.decisions import decide
+from benchmarks.claim.report import decided, markdown, summarise, write_claim
+from benchmarks.claim.results import keep, restore
 from mtlora.train.config import TrainingConfig
 from tests.benchmarks.test_claim_decisions import result
 

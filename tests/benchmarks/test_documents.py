@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.documents import Bench, last_line, many_over_few, newest
+from benchmarks.engine.documents import Bench, last_line, many_over_few, newest
 
 
 def row(median: float) -> dict[str, Any]:

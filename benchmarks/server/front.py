@@ -87,7 +87,7 @@ class Measured:
 
 def main() -> int:
     """Start both servers, ask them in turn, print a table and the ratios."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.front", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.server.front", description=__doc__)
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--adapter", type=Path, help="default: the newest version of the shipped adapter")
     parser.add_argument("--rounds", type=int, default=6, help="an even number")

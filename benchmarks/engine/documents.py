@@ -160,7 +160,7 @@ def _start(stack: ExitStack, folder: Path, args: argparse.Namespace) -> Bench:
             **settings,
         }
         return stack.enter_context(
-            WorkerProcess("benchmarks.engine_worker", arguments, engine_environment() | environment)
+            WorkerProcess("benchmarks.engine.worker", arguments, engine_environment() | environment)
         )
 
     peft, stock = [], None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.claim_cells import Cells, Key
+from benchmarks.claim.cells import Cells, Key
 from mtlora.suite.vision.maps import PREFIX, LabelMapSuite
 from mtlora.sweep.statistics import Estimate
 

@@ -70,7 +70,7 @@ class Question:
 
 def main() -> int:
     """Measure and print; 1 if an answer lies outside its type."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.types")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.server.typed_answers")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="default: the highest version in adapters/builtin")
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--bbh", type=Path, default=Path("data/bbh"), metavar="DIR", help="default: %(default)s")

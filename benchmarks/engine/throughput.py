@@ -17,11 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.engine.prompts import LOADS, REFERENCE, RandomPrompts
 from benchmarks.harness.adapters import link_adapter, random_tasks, write_random_adapter, write_random_peft
 from benchmarks.harness.environment import engine_environment, usable_cores
 from benchmarks.harness.percentile import spread
 from benchmarks.harness.worker import WorkerProcess
-from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts
 from mtlora.backbone import identify, resolve
 from mtlora.cli.output import print_table
 from mtlora.vllm_cpu.precision import engine_dtype
@@ -170,7 +170,7 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
         return stack.enter_context(WorkerProcess(module, settings, {**engine_environment(), **(environment or {})}))
 
     def engine(environment: Mapping[str, str] | None = None, **settings: Any) -> WorkerProcess:
-        return worker("benchmarks.engine_worker", {**_ENGINE, **settings}, environment)
+        return worker("benchmarks.engine.worker", {**_ENGINE, **settings}, environment)
 
     without_plugin = {ENVIRONMENT_SWITCH: "0"}
     bare = engine()
@@ -191,7 +191,7 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
             write_random_peft(temporary / f"peft-{i}", config, seed=i)
         slots = [(f"peft-{i}", i + 1, str(temporary / f"peft-{i}")) for i in range(25)]
         stock = engine(without_plugin, enable_lora=True, max_loras=25, max_cpu_loras=25, max_lora_rank=16)
-        peft = worker("benchmarks.peft_worker", {"batch": BATCH})
+        peft = worker("benchmarks.engine.peft_worker", {"batch": BATCH})
         # One full batch, PEFT's best case: its loop over adapters runs for as many requests as possible.
         cases += [
             Case("vllm-multi-lora", stock, slots, rounds=_FEW_ROUNDS),

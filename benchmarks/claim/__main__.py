@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.claim_cells import LOWER, UPPER
-from benchmarks.claim_decisions import BLOCK, COLLAPSING, DECIDING, MAP_METHODS, MAPS, PLAIN, ROUTING, TOLD, WHOLE
-from benchmarks.claim_report import write_claim
-from benchmarks.claim_results import KEPT, keep, restore
+from benchmarks.claim.cells import LOWER, UPPER
+from benchmarks.claim.decisions import BLOCK, COLLAPSING, DECIDING, MAP_METHODS, MAPS, PLAIN, ROUTING, TOLD, WHOLE
+from benchmarks.claim.report import write_claim
+from benchmarks.claim.results import KEPT, keep, restore
 from mtlora.backbone import resolve
 from mtlora.suite.vision.maps import PREFIX
 from mtlora.sweep.grid import Run, do, read_result, run_folder, task_order

@@ -145,7 +145,7 @@ def _report(title: str, seconds: dict[str, list[float]], layers: int) -> dict[st
 
 def _between_steps(rounds: int) -> dict[str, dict[str, float]]:
     # Import here: it imports vLLM, which the training benchmark and a bare GPU machine do not need.
-    from benchmarks.mapping import mapping_variants, plan_of, processor_seconds
+    from benchmarks.ops.mapping import mapping_variants, plan_of, processor_seconds
 
     print("Python between steps on a GPU, without one: ms of processor time, median (best)")
     variants = {
