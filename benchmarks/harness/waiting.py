@@ -14,8 +14,8 @@ def wait_until(condition: Callable[[], object], timeout_s: float, *, every_s: fl
         time.sleep(every_s)
 
 
-async def eventually(condition: Callable[[], object], timeout_s: float = 5.0, *, every_s: float = 0.01) -> None:
+async def eventually(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
     """Asynchronous `wait_until`. Raises TimeoutError."""
     async with asyncio.timeout(timeout_s):
         while not condition():
-            await asyncio.sleep(every_s)
+            await asyncio.sleep(0.01)

@@ -42,7 +42,6 @@ def compare(
     replicas: Sequence[int] = REPLICAS,
     adapters: Sequence[int] = ADAPTERS,
     *,
-    max_resident: int = RESIDENT,
     seconds: float = _SECONDS,
 ) -> Iterator[Row]:
     """Simulate every fleet. The adapters' popularity follows Zipf's law."""
@@ -60,7 +59,7 @@ def compare(
                 simulate(
                     poisson(rate, seconds, tasks=number, adapters=number, lengths=LENGTHS), count, model,
                     router(count, number),
-                    memory=Memory(max_resident, LOAD_SECONDS), warm_up=seconds * _WARM_UP / _SECONDS,
+                    memory=Memory(RESIDENT, LOAD_SECONDS), warm_up=seconds * _WARM_UP / _SECONDS,
                 )
                 for router in routers
             ]  # fmt: skip

@@ -29,6 +29,8 @@ from server.cli.process import ServerProcess
 START_GOAL_S = 25.0
 THROUGHPUT_GOAL = 0.98
 _IN_FLIGHT = 32
+# Rounds of the throughput check.
+_ROUNDS = 5
 # Streams that are open when the pod is deleted, and their tokens.
 _STREAMS = 8
 _TOKENS = 300
@@ -231,7 +233,7 @@ class Checks:
             "memory, adapters, tenants, a writable volume, a taken port, another processor: one line each, status not 0"
         )
 
-    def throughput(self, rounds: int = 5) -> str:
+    def throughput(self) -> str:
         """Requests a second in the container ÷ outside of it: same settings, TLS, tenants and cores, in turn."""
         examples = questions(8)
         with self._server_outside() as server:
@@ -239,13 +241,13 @@ class Checks:
             for address in places:
                 self._rate(address, examples)
             ratios = []
-            for number in range(rounds):
+            for number in range(_ROUNDS):
                 # The order changes from round to round.
                 order = places[:: -1 if number % 2 else 1]
                 rates = {address: self._rate(address, examples) for address in order}
                 ratios.append(rates[self.pod.address] / rates[server.address])
         ratio = statistics.median(ratios)
-        line = f"{ratio:.3f} of the requests a second outside, median of {rounds} (at least {THROUGHPUT_GOAL})"
+        line = f"{ratio:.3f} of the requests a second outside, median of {_ROUNDS} (at least {THROUGHPUT_GOAL})"
         expect(ratio >= THROUGHPUT_GOAL, line)
         return line
 
