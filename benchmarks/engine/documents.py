@@ -21,6 +21,8 @@ from typing import Any
 
 from benchmarks.harness.adapters import CONFIG, random_tasks, write_random_adapter, write_random_peft
 from benchmarks.harness.environment import engine_environment, usable_cores
+from benchmarks.harness.percentile import spread
+from benchmarks.harness.versions import newest_version
 from benchmarks.harness.worker import WorkerProcess
 from mtlora.backbone import identify, resolve
 from mtlora.cli.output import print_table
@@ -94,7 +96,7 @@ def main() -> int:
     parser.add_argument("--skip-accuracy", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("out/documents"))
     args = parser.parse_args()
-    adapter = None if args.skip_accuracy else args.adapter or newest(Path("adapters/documents"))
+    adapter = None if args.skip_accuracy else args.adapter or newest_version(Path("adapters/documents"))
     folder = resolve(args.backbone)
     with ExitStack() as stack:
         report = measure(_start(stack, folder, args), args)
@@ -116,14 +118,6 @@ def main() -> int:
         print(f"accuracy: {args.examples} documents, every task asked of each; its spread is that of the documents")
     print(last_line(report))
     return 0
-
-
-def newest(adapters: Path) -> Path:
-    """The folder of an adapter's highest version."""
-    versions = sorted((each for each in adapters.glob("*") if each.name.isdigit()), key=lambda each: int(each.name))
-    if not versions:
-        raise SystemExit(f"{adapters}: no version of an adapter there; allowed: --adapter DIR, or --skip-accuracy")
-    return versions[-1]
 
 
 def last_line(report: dict[str, Any]) -> str:
@@ -225,10 +219,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "shared/apart": ">= 8", "shared/vllm-multi-lora": ">= 25", "first token, cached/not": "<= 0.15",
         "1000 tasks/25 tasks": ">= 0.97", "another tenant's document/unknown": "1.00",
     }  # fmt: skip
-    rows = {
-        name: {"median": statistics.median(each), "min": min(each), "max": max(each), "goal": goals.get(name, "")}
-        for name, each in found.items()
-    }
+    rows = {name: spread(each) | {"goal": goals.get(name, "")} for name, each in found.items()}
     return {"rows": rows, "dtype": engine_dtype("auto", resolve(args.backbone)).replace("auto", "bfloat16")}
 
 

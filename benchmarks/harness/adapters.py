@@ -1,4 +1,4 @@
-"""Adapters for measurements and tests: random ones, and changed copies of a given one."""
+"""Random adapters for measurements and tests."""
 
 import json
 import os
@@ -17,7 +17,6 @@ from mtlora.checkpoint.format import (
     TaskEntry,
     format_version,
 )
-from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.vision.image_input import ImageInput
@@ -35,9 +34,9 @@ def random_tasks(number: int, *, max_new_tokens: int = 32) -> tuple[TaskEntry, .
     )
 
 
-def random_image_tasks(number: int, *, size: int = 112, classes: int = 10) -> tuple[TaskEntry, ...]:
-    """Tasks `task-0`, `task-1`, ... of images."""
-    labels, image = tuple(f"class {i}" for i in range(classes)), ImageInput(size=size)
+def random_image_tasks(number: int, *, size: int) -> tuple[TaskEntry, ...]:
+    """Tasks `task-0`, `task-1`, ... of images, with ten classes each."""
+    labels, image = tuple(f"class {i}" for i in range(10)), ImageInput(size=size)
     return tuple(
         TaskEntry(id=f"task-{i}", description="random", allowed_answers=labels, image=image, bias_index=i)
         for i in range(number)
@@ -93,19 +92,6 @@ def link_adapter(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in (MANIFEST_FILE, TENSORS_FILE):
         os.link(source / name, folder / name)
-
-
-def write_scaled_adapter(source: Path, folder: Path, factor: float) -> None:
-    """Write a copy of an adapter whose output is scaled."""
-    checkpoint = read_checkpoint(source)
-    manifest = checkpoint.manifest
-    write_checkpoint(
-        folder,
-        backbone=manifest.backbone,
-        config=manifest.config,
-        tasks=manifest.tasks,
-        tensors={n: t * factor if n.endswith("lora_B") else t for n, t in checkpoint.tensors.items()},
-    )
 
 
 def write_random_peft(folder: Path, config: Mapping[str, int], *, seed: int) -> None:

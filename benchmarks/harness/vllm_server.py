@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,8 +14,11 @@ from typing import Any
 
 from benchmarks.harness.environment import engine_environment
 from benchmarks.harness.guard import guarded_process
+from benchmarks.harness.ports import free_port
 from benchmarks.harness.waiting import wait_until
 from server.cli.process import flags
+
+_START_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,12 @@ class VllmServer:
 
 
 @contextlib.contextmanager
-def vllm_server(
-    backbone: Path, modules: Mapping[str, Path], *, timeout_s: float = 300.0, **settings: Any
-) -> Iterator[VllmServer]:
+def vllm_server(backbone: Path, modules: Mapping[str, Path], **settings: Any) -> Iterator[VllmServer]:
     """Start what `vllm serve` starts, on a free loopback port, and wait until it is ready. Raises RuntimeError.
 
     modules: an adapter's folder by the id of the task that it answers. settings: vLLM's own.
     """
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
@@ -50,7 +50,7 @@ def vllm_server(
             command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         ) as process,
     ):
-        wait_until(lambda: process.poll() is not None or _is_healthy(url), timeout_s, every_s=0.2)
+        wait_until(lambda: process.poll() is not None or _is_healthy(url), _START_TIMEOUT_S, every_s=0.2)
         if process.poll() is not None:
             raise RuntimeError(f"vLLM's server ended:\n{Path(log.name).read_text(errors='replace')[-4000:]}")
         yield VllmServer(url, process.pid)
@@ -62,9 +62,3 @@ def _is_healthy(url: str) -> bool:
             return True
     except (urllib.error.URLError, OSError):
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -15,11 +15,12 @@ import psutil
 import pytest
 import yaml
 
+from benchmarks.harness.ports import free_port
 from deploy import manifests
 from mtlora.client import Client
 from server.probe import main as probe
 from tests.server.adapters import entry, write_adapter
-from tests.server.helpers import LONG, free_port
+from tests.server.helpers import LONG
 
 BASE = manifests.FOLDER / "kubernetes" / "base"
 REPOSITORY = manifests.FOLDER.parent

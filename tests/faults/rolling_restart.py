@@ -6,7 +6,6 @@ Each has its own cores, like replicas on two nodes, so that a starting server do
 import asyncio
 import itertools
 import os
-import socket
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any
 
 from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
+from benchmarks.harness.ports import free_port
 from mtlora.client import AsyncClient, Client, MetricsPage, ServerError
 from server.cli.process import ServerProcess
 from server.engine.threads import deal
@@ -37,7 +37,7 @@ class Restarted:
     def __init__(self, options: Options, cores: Sequence[int]) -> None:
         self._settings = {
             "backbone": options.backbone, "adapters": options.adapters, "kv_cache_gib": 0.5, "max_num_seqs": 16,
-            "omp_threads_bind": ",".join(map(str, cores)), "log_level": "warning", "port": _free_port(),
+            "omp_threads_bind": ",".join(map(str, cores)), "log_level": "warning", "port": free_port(),
         }  # fmt: skip
         self._life = ExitStack()
 
@@ -106,9 +106,3 @@ async def _restart_under_load(servers: list[Restarted], restarts: int, asked: li
         stopping = True
         await load
     return ends
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

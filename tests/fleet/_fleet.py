@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from benchmarks.harness.ports import free_port
 from mtlora.client import Access, Client, MetricsPage
 from server.cli.process import ServerProcess
 from tests.faults._certificates import Issued, authority, issue
@@ -194,9 +194,3 @@ class Balancer:
 def installed(name: str) -> bool:
     """Whether a balancer's program is there."""
     return shutil.which(name) is not None or Path("/usr/sbin", name).exists()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.harness.ports import free_port
 from benchmarks.harness.processes import process_tree
 from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.client import Access, AsyncClient, Client, ServerError
@@ -24,7 +25,6 @@ from server.cli.process import ServerProcess
 from tests.factories import write_tiny_backbone
 from tests.faults._certificates import authority, issue
 from tests.fleet._drills import load
-from tests.fleet._fleet import free_port
 from tests.fleet._placing import write_adapters
 from tests.observe._monitoring import Monitoring, dashboard_queries, missing, rules
 

@@ -17,9 +17,9 @@ from typing import Any, Self
 
 import yaml
 
+from benchmarks.harness.ports import free_port
 from deploy.grafana.dashboard import dashboard
 from deploy.manifests import RULES
-from tests.fleet._fleet import free_port
 
 # By which factor times are shorter than in the rules.
 SCALE = 60

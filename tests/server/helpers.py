@@ -1,13 +1,6 @@
 """Helpers of several test modules."""
 
-import socket
 from typing import Any
 
 # Sampling at random from the whole vocabulary hardly ever meets the end-of-sequence token.
 LONG: dict[str, Any] = {"max_new_tokens": 900, "temperature": 2.0, "seed": 1, "stop": [], "without_adapter": True}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -10,13 +10,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.harness.ports import free_port
 from mtlora.backbone import identify
 from mtlora.client import Client, ServerError
 from mtlora.vision.image_input import ImageInput
 from server.cli.process import ServerProcess
 from tests.mtlora.vision.models import write_model
 from tests.server.adapters import entry, write_adapter
-from tests.server.helpers import free_port
 
 
 @dataclass

@@ -7,13 +7,13 @@ import sys
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from mtlora_pb.v1 import inference_pb2 as pb
 
+from benchmarks.harness.processes import resident_bytes
 from benchmarks.harness.waiting import wait_until
 from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.metrics_page import MetricsPage
@@ -350,9 +350,7 @@ def test_logs_json_without_prompts(server: ServerProcess, client: Client) -> Non
 
 
 def test_all_processes_stay_below_four_gib(server: ServerProcess) -> None:
-    root = psutil.Process(server.process.pid)
-    resident = sum(process.memory_info().rss for process in (root, *root.children(recursive=True)))
-    assert resident < 4 << 30
+    assert resident_bytes(server.process.pid) < 4 << 30
 
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
