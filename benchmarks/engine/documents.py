@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.adapters import CONFIG, random_tasks, write_random_adapter, write_random_peft
+from benchmarks.harness.adapters import CONFIG, Slot, random_tasks, task_slots, write_random_adapter, write_random_pefts
 from benchmarks.harness.environment import engine_environment, usable_cores
 from benchmarks.harness.percentile import spread
 from benchmarks.harness.versions import newest_version
@@ -43,8 +43,6 @@ _ENGINE = {
     "max_num_seqs": BATCH, "max_model_len": 2048, "max_num_batched_tokens": 2048, "enforce_eager": True,
     "enable_prefix_caching": True, "disable_log_stats": True, "seed": 0,
 }  # fmt: skip
-
-Slot = tuple[str, int, str]
 
 
 @dataclass
@@ -143,7 +141,7 @@ def _start(stack: ExitStack, folder: Path, args: argparse.Namespace) -> Bench:
         )
         made = CONFIG.model_copy(update={"activation": activation})
         write_random_adapter(temporary / name, identity, tasks, seed=number, config=made)
-        return [(f"{name}#{task.id}", next(ids), f"{temporary / name}#{task.id}") for task in tasks]
+        return task_slots(temporary / name, number, ids)
 
     def engine(environment: dict[str, str], **settings: Any) -> WorkerProcess:
         arguments = {
@@ -157,11 +155,10 @@ def _start(stack: ExitStack, folder: Path, args: argparse.Namespace) -> Bench:
             WorkerProcess("benchmarks.engine.worker", arguments, engine_environment() | environment)
         )
 
-    peft, stock = [], None
+    peft: list[Slot] = []
+    stock = None
     if not args.skip_field:
-        for i in range(TASKS):
-            write_random_peft(temporary / f"peft-{i}", config, seed=i)
-        peft = [(f"peft-{i}", i + 1, str(temporary / f"peft-{i}")) for i in range(TASKS)]
+        peft = write_random_pefts(temporary, TASKS, config)
         stock = engine(
             {ENVIRONMENT_SWITCH: "0"}, enable_lora=True, max_loras=TASKS, max_cpu_loras=TASKS, max_lora_rank=16
         )

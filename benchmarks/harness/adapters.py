@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.vision.image_input import ImageInput
 
+# Name, id and path of a `LoRARequest`.
+Slot = tuple[str, int, str]
 CONFIG = MtLoRAConfig(r=16, num_experts=8, num_groups=4)
 PEFT_RANK = 16
 _SCALE = 0.02
@@ -92,6 +94,18 @@ def link_adapter(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in (MANIFEST_FILE, TENSORS_FILE):
         os.link(source / name, folder / name)
+
+
+def task_slots(folder: Path, number: int, ids: Iterator[int]) -> list[Slot]:
+    """The slots of the tasks `task-0`, `task-1`, ... of an adapter."""
+    return [(f"{folder.name}#task-{i}", next(ids), f"{folder}#task-{i}") for i in range(number)]
+
+
+def write_random_pefts(folder: Path, number: int, config: Mapping[str, int]) -> list[Slot]:
+    """`write_random_peft` for `peft-0`, `peft-1`, ...; returns their slots."""
+    for i in range(number):
+        write_random_peft(folder / f"peft-{i}", config, seed=i)
+    return [(f"peft-{i}", i + 1, str(folder / f"peft-{i}")) for i in range(number)]
 
 
 def write_random_peft(folder: Path, config: Mapping[str, int], *, seed: int) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import statistics
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 import grpc
 
 from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.environment import on_cores, usable_cores
 from benchmarks.harness.native_server import native_server
 from deploy.pod.pod import Pod, PodError, quantity
 from deploy.pod.refusals import wrong_ends
@@ -124,7 +124,7 @@ class Checks:
         cores_allowed = self.pod.processor_limit()
         killed = self.pod.inspect()["State"]["OOMKilled"]
         # If the machine has fewer cores than the limit, check only the limit's value.
-        more = "" if len(os.sched_getaffinity(0)) > cores else ", and the machine has no more"
+        more = "" if len(usable_cores()) > cores else ", and the machine has no more"
         self._found = {
             "memory": (
                 bytes_allowed == memory and not killed,
@@ -262,14 +262,10 @@ class Checks:
             "tls_certificate": self.pod.volume("mtlora-tls") / "tls.crt",
             "tls_key": self.pod.volume("mtlora-tls") / "tls.key",
         }
-        every = os.sched_getaffinity(0)
         with contextlib.ExitStack() as stack:
-            # The server inherits the cores; the clients keep all.
-            os.sched_setaffinity(0, sorted(every)[: self._cores()])
-            try:
+            # The clients keep all cores.
+            with on_cores(usable_cores()[: self._cores()]):
                 server = stack.enter_context(native_server(**settings))
-            finally:
-                os.sched_setaffinity(0, every)
             yield server
 
     def _rate(self, address: str, examples: Sequence[Example]) -> float:
@@ -279,7 +275,7 @@ class Checks:
 
     def _cores(self) -> int:
         """Cores that the pod's server computes on."""
-        return min(int(quantity(self.pod.server["resources"]["limits"]["cpu"])), len(os.sched_getaffinity(0)))
+        return min(int(quantity(self.pod.server["resources"]["limits"]["cpu"])), len(usable_cores()))
 
     def _client(self, tenant: str = "acme", **options: Any) -> Client:
         return Client(self.pod.address, self.pod.access(tenant), **options)

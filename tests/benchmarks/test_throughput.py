@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.engine.peft_worker import MixedBatches
 from benchmarks.engine.prompts import LOADS, REFERENCE, RandomPrompts
-from benchmarks.engine.throughput import RATIOS, Case, Slot, make_report
-from benchmarks.harness.adapters import write_random_peft
+from benchmarks.engine.throughput import RATIOS, Case, make_report
+from benchmarks.harness.adapters import Slot, write_random_peft
 from benchmarks.harness.worker import WorkerProcess
 from tests.engine._models import VOCABULARY, make_model
 
