@@ -15,7 +15,7 @@ from mtlora.backbone import resolve
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run it from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.claim", description=__doc__)
     parser.add_argument("--out", type=Path, help="default: out/claim; of --smoke: out/claim-smoke")
     parser.add_argument("--backbone", default="vision")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one core")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.ops.layer import LAYERS, Variant, peak_bytes, serving_variants, training_variants
+from benchmarks.ops.mapping import mapping_variants, plan_of, processor_seconds
 from mtlora.ops import cpu_kernel
 
 SERVING = ((1, 1), (64, 1), (64, 25), (64, 64), (1024, 1), (1024, 25))
@@ -43,9 +44,6 @@ def _report(title: str, seconds: dict[str, list[float]], layers: int) -> dict[st
 
 
 def _between_steps(rounds: int) -> dict[str, dict[str, float]]:
-    # Import here: it imports vLLM, which the training benchmark and a bare GPU machine do not need.
-    from benchmarks.ops.mapping import mapping_variants, plan_of, processor_seconds
-
     print("Python between steps on a GPU, without one: ms of processor time, median (best)")
     variants = {
         f"64 tokens, {adapters} adapters, changed: {what}": run
@@ -63,7 +61,7 @@ def _between_steps(rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Print the table, and write it to a file if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--json", type=Path, help="write the numbers here too")
