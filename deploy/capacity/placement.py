@@ -50,7 +50,7 @@ def compare(
     routers: tuple[Callable[[int, int], Router], ...] = (
         lambda count, _: RoundRobin(count),
         lambda count, number: AdapterAware(count, adapters=number, slack=by.slack, floor=by.floor),
-        lambda count, _: EndpointPicker(count),
+        lambda count, _: EndpointPicker(),
     )
     for count in replicas:
         rate = UTILISATION * count * model.saturated_rate(prompt, completion)

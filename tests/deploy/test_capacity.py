@@ -153,7 +153,7 @@ class Seen:
 
 def test_endpoint_picker_weighs_adapters_queues_and_caches() -> None:
     def picked(adapter: int, *replicas: Seen) -> int:
-        router = EndpointPicker(len(replicas))
+        router = EndpointPicker()
         router.observe(0.0, replicas)
         return router.choose(adapter, [0] * len(replicas))
 
@@ -165,7 +165,7 @@ def test_endpoint_picker_weighs_adapters_queues_and_caches() -> None:
 
 
 def test_endpoint_picker_sees_metrics_of_fifty_milliseconds_ago() -> None:
-    router = EndpointPicker(2)
+    router = EndpointPicker()
     replicas = [Seen({1}), Seen({2})]
     router.observe(0.0, replicas)
     replicas.reverse()

@@ -11,7 +11,6 @@ import pytest
 from mtlora_pb.v1 import adapters_pb2 as pb
 from mtlora_pb.v1 import adapters_pb2_grpc
 
-from benchmarks.harness.waiting import eventually
 from mtlora.client import Client, ServerError
 from server.accounting import AuditLog, Usage
 from server.cli import adapters as adapters_cli
@@ -24,6 +23,7 @@ from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 from tests.server.front import Front
 from tests.server.test_registry import Home, home, write
+from tests.waiting import eventually
 
 __all__ = ["home"]
 

@@ -19,7 +19,6 @@ from openinference_pb import grpc_predict_v2_pb2 as openinference
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
-from benchmarks.harness.waiting import eventually
 from mtlora.answer.constraint import TOKENS_PREFIX, read
 from mtlora.client import Access, Answer, AsyncClient, ServerError, value_of
 from server.errors import EngineDeadError
@@ -28,6 +27,7 @@ from server.job import Delta, GenerationJob, ServedTask, TokenLogprob, TokenLogp
 from server.rpc import answers
 from tests.server.adapters import entry
 from tests.server.fakes import FakeEngine, Service
+from tests.waiting import eventually
 
 _LABEL: dict[str, Any] = {"type": "label", "labels": ["cat", "cow", "dog"]}
 _TASKS: dict[str, dict[str, Any]] = {

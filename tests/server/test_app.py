@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.tenants import tenant, write_tenants
-from benchmarks.harness.waiting import eventually
 from server.app import App
 from server.cli.process import exit_on_sigterm
 from server.settings import load_settings
 from tests.faults._certificates import authority, issue
+from tests.waiting import eventually
 
 
 @pytest.fixture

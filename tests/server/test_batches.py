@@ -12,7 +12,6 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
-from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, BatchAnswer, ServerError, make_batch, make_request
 from server.errors import EngineAbortedError, EngineDeadError
 from server.job import Delta, GenerationJob
@@ -21,6 +20,7 @@ from server.scheduling.admission import State
 from server.scheduling.fair_queue import FairQueue
 from server.tenants import UNAUTHENTICATED
 from tests.server.fakes import FakeEngine, Service
+from tests.waiting import eventually
 
 LOW = -50.0
 

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.harness.waiting import eventually
 from mtlora.client import AsyncClient, ServerError
 from mtlora.vision.image_input import ImageInput
 from server.errors import AdapterError
@@ -34,6 +33,7 @@ from tests.server.adapters import entry, write_adapter
 from tests.server.fakes import Service
 from tests.server.slots import TINY, make_slots
 from tests.server.test_residency import Loads
+from tests.waiting import eventually
 
 OTHER = TINY.model_copy(update={"weights_fingerprint": "1" * 64})
 

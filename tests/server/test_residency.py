@@ -9,7 +9,6 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from benchmarks.harness.waiting import eventually
 from server.errors import AdapterError, EngineDeadError, from_exception
 from server.registry import residency as module
 from server.registry.adapters import _compile_types
@@ -17,6 +16,7 @@ from server.registry.residency import Residency
 from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError
 from tests.server.adapters import entry
 from tests.server.slots import serving_version
+from tests.waiting import eventually
 
 
 class Loads:

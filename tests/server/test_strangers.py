@@ -20,7 +20,6 @@ from openinference_pb import grpc_predict_v2_pb2 as open_pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
-from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient
 from server.errors import task_not_found
 from server.job import ServedTask
@@ -31,6 +30,7 @@ from server.rpc.pieces import in_pieces
 from tests import http2
 from tests.server.adapters import entry
 from tests.server.fakes import Service
+from tests.waiting import eventually
 
 GENERATE = "/mtlora.v1.Inference/Generate"
 STREAM = "/mtlora.v1.Inference/GenerateStream"

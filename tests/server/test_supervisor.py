@@ -9,11 +9,11 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from benchmarks.harness.waiting import eventually
 from server.engine import Engine, EngineFailure, EngineGaveUpError, EngineStartError, Supervisor
 from server.engine.stats import EngineStats
 from server.errors import EngineDeadError
 from server.settings import Settings
+from tests.waiting import eventually
 
 STEP = EngineStats(running=1, waiting=0, kv_cache_usage=0.0, prefix_cache_queries=0, prefix_cache_hits=0)
 

@@ -23,7 +23,6 @@ from mtlora_pb.v1 import adapters_pb2, inference_pb2
 from openinference_pb import grpc_predict_v2_pb2
 
 from benchmarks.harness.tenants import tenant, write_tenants
-from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, ServerError
 from server.cli import new_key as new_key_cli
 from server.errors import RequestFailedError
@@ -36,6 +35,7 @@ from server.tenants.directory import Tenants
 from server.tenants.keys import checked_hash, hash_key, new_key
 from tests.faults._certificates import authority, issue
 from tests.server.fakes import Service
+from tests.waiting import eventually
 
 CONTRACTS = [
     inference_pb2.DESCRIPTOR.services_by_name["Inference"],

@@ -14,7 +14,6 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 from PIL import Image
 
 from benchmarks.harness.tenants import tenant, write_tenants
-from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, Client, ServerError
 from mtlora.client.messages import make_request
 from server.cli import main
@@ -22,6 +21,7 @@ from server.errors import EngineDeadError
 from tests.mtlora.vision.pictures import bomb, encoded
 from tests.server.fakes import FakeEngine, Service
 from tests.server.pictures import FakeVisionEngine, described_task, with_pictures
+from tests.waiting import eventually
 
 RED, GREEN = (encoded(Image.new("RGB", (9, 7), colour)) for colour in ("red", "lime"))
 PLACEHOLDER = 299

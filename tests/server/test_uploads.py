@@ -18,7 +18,6 @@ from mtlora_pb.v1 import adapters_pb2 as pb
 from mtlora_pb.v1 import adapters_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
-from benchmarks.harness.waiting import eventually
 from mtlora.cli import main
 from mtlora.client import Access, AsyncClient, Client, ServerError
 from mtlora.client.errors import server_errors
@@ -28,6 +27,7 @@ from server.registry.storage import Storage
 from server.registry.uploads import Uploads
 from tests.server.fakes import Service
 from tests.server.test_registry import Home, home, write
+from tests.waiting import eventually
 
 __all__ = ["home"]
 

@@ -23,7 +23,6 @@ from openinference_pb import grpc_predict_v2_pb2 as oi
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
-from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, Client, ServerError
 from server.accounting import Usage, UsageCounts, UsageError
 from server.accounting.journal import Journal, Record, parse
@@ -36,6 +35,7 @@ from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 from tests.server.fakes import Service
 from tests.server.front import Clock
+from tests.waiting import eventually
 
 NOON = int(datetime(2026, 11, 30, 12, tzinfo=UTC).timestamp())
 DAY = 86400
