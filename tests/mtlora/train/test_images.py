@@ -353,7 +353,11 @@ def test_the_command_tells_its_plan_its_progress_and_what_linear_heads_reach(
 
 @pytest.mark.parametrize(
     ("name", "changes", "size", "pooling"),
-    [("siglip", {}, 112, "mean"), ("clip", {"patch_size": 32, "image_size": 224}, 224, "cls_mean")],
+    [
+        ("siglip", {}, 112, "mean"),
+        ("clip", {"patch_size": 32, "image_size": 224}, 224, "cls_mean"),
+        ("dinov3", {"patch_size": 16, "image_size": 224}, 112, "cls_mean"),
+    ],
 )
 def test_size_and_pooling_follow_the_backbone(
     folder: Path, tmp_path: Path, name: str, changes: dict[str, int], size: int, pooling: str
