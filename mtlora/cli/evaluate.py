@@ -128,7 +128,7 @@ def _eval(args: argparse.Namespace) -> int:
         if evaluation["split"] == "validation":
             calibration |= fitted
         elif args.record and fitted:
-            print("the temperatures fitted on these examples are not kept: only --split validation gives ones to keep")
+            print("the temperatures fitted on these examples are not recorded; only those of --split validation are")
     if args.json:
         records = [
             {"task_id": e.task_id, "input": e.input, "target": e.target, **{n: a[i] for n, a in answers.items()}}
@@ -186,7 +186,7 @@ def _calibrate(
         f"expected calibration error of {len(chosen)} labels: {errors['uncalibrated']:.3f}, {errors['stored']:.3f} at "
         f"the checkpoint's temperatures, {errors['fitted']:.3f} at temperatures fitted on these examples; perfect "
         f"probabilities would show {by_chance['uncalibrated']:.3f}, {by_chance['stored']:.3f} and "
-        f"{by_chance['fitted']:.3f} on so many"
+        f"{by_chance['fitted']:.3f} on this many labels"
     )
     return fitted
 
@@ -200,7 +200,7 @@ def _check(args: argparse.Namespace) -> None:
         raise MtLoRAError(f"--examples: found {args.examples}; allowed: 1 or more")
     if args.through and (args.shots or args.scoring != "generate" or not args.adapter):
         raise MtLoRAError(
-            "--through: a server has its own prompts; it needs --adapter, without --shots and --scoring likelihood"
+            "--through: needs --adapter, without --shots and --scoring likelihood, as the server makes the prompts"
         )
     for flag in ("adapter_only", "record"):
         if getattr(args, flag) and not args.adapter:

@@ -46,4 +46,5 @@ def check_readable(examples: Iterable[tuple[Example, int]]) -> None:
             bar.update()
             found += [message] if message else []
     if found:
-        raise SuiteError(f"{len(found)} of {len(files)} images cannot be read; mend or remove them: {'; '.join(found)}")
+        told = "; ".join(found)
+        raise SuiteError(f"{len(found)} of {len(files)} images cannot be read; repair or remove them: {told}")

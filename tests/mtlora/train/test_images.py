@@ -222,7 +222,7 @@ def test_eval_refuses_what_it_cannot_score(
     whole = file.read_bytes()
     file.write_bytes(whole[:-40])
     assert main(arguments) == 2
-    assert f"1 of 32 images cannot be read; mend or remove them: {file}: " in capsys.readouterr().err
+    assert f"1 of 32 images cannot be read; repair or remove them: {file}: " in capsys.readouterr().err
     file.write_bytes(whole)
     (suite / "half" / "train" / "left").rename(suite / "half" / "train" / "west")
     assert main(arguments) == 2
