@@ -104,9 +104,7 @@ async def _run(session: Session, plan: Plan) -> int:
     if session.over:
         return session.finish()
     if knee is None:
-        raise LoadTestError(
-            "no load holds the service level, not even the lowest that was tried (--slo-ttft, --slo-e2e)"
-        )
+        raise LoadTestError("no load met the service level, not even the lowest that was tried (--slo-ttft, --slo-e2e)")
     at_knee = max(1, round(knee.offered * knee.mean_e2e))
     print(f"knee: {knee.offered:.1f} requests/s, {at_knee} in flight on average; starting the engine", flush=True)
     loops = (

@@ -328,7 +328,7 @@ async def measure_calibration(client: AsyncClient, manifest: AdapterManifest, bb
     error, by_chance = expected_calibration_error(outcomes), error_by_chance([each for each, _ in outcomes])
     print(
         f"calibration: {len(outcomes)} labels of {len(labels)} tasks, accuracy {accuracy:.3f}, expected calibration "
-        f"error {error:.3f}; perfect probabilities would show {by_chance:.3f} on so many",
+        f"error {error:.3f}; perfect probabilities would show {by_chance:.3f} on this many labels",
         flush=True,
     )
     return error

@@ -75,18 +75,22 @@ def page(rows: Iterator[Row], command: str) -> str:
     lines = [
         "# Adapters placed over replicas",
         "",
-        f"Made by `{command}` on {time.strftime('%Y-%m-%d')}: the service model of [capacity](capacity.md), simulated, "
-        f"with {UTILISATION:.0%} of what the replicas can answer. A replica holds {RESIDENT} adapters; a step waits "
-        f"{LOAD_SECONDS:g} s for another. Adapters' popularity follows a Zipf law; figures are of the second half of "
-        f"{_SECONDS:g} s, from a cold start. Placed: `AsyncClient(..., placement=Placement())`, one client for all. "
-        "Picker: the scores and weights of overlay inference-pool's endpoint picker, on metrics up to 50 ms old.",
+        f"Made by `{command}` on {time.strftime('%Y-%m-%d')}.",
+        f"The page simulates the service model of [capacity](capacity.md) with {UTILISATION:.0%} of the replicas'",
+        f"greatest throughput. A replica holds {RESIDENT} adapters. A step waits {LOAD_SECONDS:g} s for another one.",
+        "The popularity of adapters follows a Zipf law. The figures cover the second half of "
+        f"{_SECONDS:g} s, from a cold start.",
+        "",
+        "- *Placed*: `AsyncClient(..., placement=Placement())`, one client for all requests.",
+        "- *Picker*: the scores and weights of overlay inference-pool's endpoint picker, with metrics up to 50 ms old.",
         "",
     ]
     if above:
         lines += [
-            "Placement is for more adapters than a replica holds. With fewer, it saves little and gathers popular "
-            f"adapters' calls on few replicas: there its p99 TTFT is {min(above):.1f} to {max(above):.1f} times round "
-            "robin's.",
+            "Use placement if there are more adapters than a replica holds. With fewer, it saves little and sends the",
+            "calls of popular adapters to few replicas: its p99 TTFT is then "
+            f"{min(above):.1f} to {max(above):.1f} times that of",
+            "round robin.",
             "",
         ]
     lines += [

@@ -111,7 +111,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         (args.examples is not None and args.examples < 1, f"--examples: found {args.examples}; allowed: 1 or more"),
         (
             args.through and (args.shots or args.scoring != "generate" or not args.adapter),
-            "--through: a server has its own prompts; it needs --adapter, without --shots and --scoring likelihood",
+            "--through: needs --adapter, without --shots and --scoring likelihood, as the server makes the prompts",
         ),
         (args.adapter_only and not args.adapter, "--adapter-only: needs --adapter"),
         (args.record and not args.adapter, "--record: needs --adapter"),
@@ -245,7 +245,7 @@ def _calibrate(
     if args.split == "validation":
         return {**stored, **found.temperatures}
     if args.record and found.temperatures:
-        print("the temperatures fitted on these examples are not kept: only --split validation gives ones to keep")
+        print("the temperatures fitted on these examples are not recorded; only those of --split validation are")
     return stored
 
 

@@ -61,5 +61,5 @@ def print_calibration(found: "Calibration") -> None:
         f"expected calibration error of {found.total} labels: {errors['uncalibrated']:.3f}, {errors['stored']:.3f} at "
         f"the checkpoint's temperatures, {errors['fitted']:.3f} at temperatures fitted on these examples; perfect "
         f"probabilities would show {by_chance['uncalibrated']:.3f}, {by_chance['stored']:.3f} and "
-        f"{by_chance['fitted']:.3f} on so many"
+        f"{by_chance['fitted']:.3f} on this many labels"
     )

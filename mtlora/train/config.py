@@ -129,8 +129,8 @@ class TrainingConfig(BaseModel):
     def _documents_keep_their_keys(self) -> "TrainingConfig":
         if self.gradient_checkpointing and self.baseline is None and self.adapter.activation == "task":
             raise ValueError(
-                "gradient_checkpointing: a layer computed again would lose the documents' keys and values "
-                "of activation task; it needs activation all"
+                "gradient_checkpointing: found it with activation 'task'; allowed: activation 'all', as a layer that "
+                "is computed again would lose the documents' keys and values"
             )
         return self
 

@@ -3,10 +3,11 @@
 A family is a `model_type` of transformers. Its configuration becomes a `VisionConfig`, and its weights get the names of
 `encoder.VisionEncoder`, whichever release of transformers saved them. To add one:
 
-1. an entry in `FAMILIES`;
-2. its tensors' names in `_NAMES`, and what its models put before them in `_PREFIX`;
-3. its configuration's fields in `vision_config`, where they have other names;
-4. a model in `MODELS` of `tests/mtlora/vision/models.py`; `pytest tests/mtlora/vision` then holds it to parity.
+1. Add an entry to `FAMILIES`.
+2. Add the names of its tensors to `_NAMES`, and the prefix of these names in its models to `_PREFIX`.
+3. If its configuration names fields differently, read them in `vision_config`.
+4. Add a model to `MODELS` of `tests/mtlora/vision/models.py`. `pytest tests/mtlora/vision` then compares its states
+   with those of transformers.
 
 Shape suffixes: D hidden size, P pixels of a patch's side, G patches of the position grid's side.
 """

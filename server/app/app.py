@@ -260,7 +260,7 @@ class App:
             rights = "is an admin" if local else "may ask every task, and nobody is an admin"
             logger.warning(f"no tenants file: everybody who reaches {settings.host} {rights}")
         elif settings.tls_certificate is None and not local:
-            logger.warning(f"no TLS on {settings.host}: keys and tokens can be read on their way")
+            logger.warning(f"no TLS on {settings.host}: keys and tokens travel unencrypted")
 
     def _open_metrics(self) -> tuple[int, Callable[[], None]]:
         host, port = self._settings.metrics_host, self._settings.metrics_port

@@ -92,7 +92,7 @@ class Engines:
             try:
                 await self.supervisors[lane].run()
             except EngineGaveUpError as error:
-                logger.error("giving up", extra={"fields": {"reason": str(error)}})
+                logger.error("the engine failed too often; giving up", extra={"fields": {"reason": str(error)}})
                 if not self._serving:
                     await self._give_up(error)
                 # The other engine continues to serve.

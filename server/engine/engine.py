@@ -262,7 +262,7 @@ class Engine(BaseEngine):
             except VllmEngineDeadError:
                 raise EngineDeadError from None
             except Exception as error:
-                raise AdapterError(f"the engine did not take a type of answer: {error}") from error
+                raise AdapterError(f"the engine refused a type of answer: {error}") from error
         return list(fewest)
 
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
@@ -335,4 +335,4 @@ class Engine(BaseEngine):
 def _check_loaded(states: Sequence[Sequence[str]]) -> None:
     for state, reason in states:
         if state == "failed":
-            raise AdapterError(f"the engine did not take it: {reason}")
+            raise AdapterError(f"the engine refused the adapter: {reason}")

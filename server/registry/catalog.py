@@ -72,7 +72,7 @@ def build_catalog(
             splits[task_id] = split
         for version in claimants:
             if version is not keeper:
-                reason = f"task {task_id} is {keeper.name}'s already; this claim to it is void"
+                reason = f"task {task_id} is served by adapter {keeper.name} already, so this adapter does not serve it"
                 contested.append(AdapterFailure(version.name, version.version, reason))
     return Catalog(
         MappingProxyType(tasks),

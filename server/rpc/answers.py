@@ -113,7 +113,7 @@ class OwnTypes:
 
 def _violations(request: pb.GenerateRequest, task: TaskSpec) -> Iterator[Violation]:
     if request.free:
-        yield Violation("free", "found beside answer; allowed: one of the two")
+        yield Violation("free", "found together with answer; allowed: one of the two")
     if not request.answer.WhichOneof("type"):
         yield Violation("answer", "found no type; allowed: label, number, date, regex, json, grammar or text")
     elif (found := len(request.answer.label.labels)) > MAX_LABELS:

@@ -104,7 +104,7 @@ class Classification:
         head = task.version.heads[task.spec.id]
         logits = head.logits(feature_F)
         if not all(map(math.isfinite, logits)):
-            raise EngineAbortedError("its numbers are not finite")
+            raise EngineAbortedError("the image's logits are not finite")
         found = tempered(logits, (self.calibrated and task.calibration) or 1.0)
         self.probabilities = sorted(zip(task.spec.labels or (), found, strict=True), key=lambda each: -each[1])
 

@@ -213,7 +213,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     def not_found(self, task_id: str) -> RequestFailedError:
         """The failure for a task that `find` refuses; the same for a missing task and for a forbidden one."""
         if not task_id:
-            return invalid_argument([Violation("task_id", "found none; ListTasks has those that can be asked")])
+            return invalid_argument([Violation("task_id", "found none; allowed: a task that ListTasks shows")])
         tenant = current_call.get().tenant
         return task_not_found(task_id, filter(tenant.allows, self.catalog.near(task_id)))
 

@@ -90,7 +90,7 @@ def _violations(
     """What can be said before the prompt is encoded."""
     request, task = received.request, received.task
     if task is None:
-        yield Violation("task_id", "found none; ListTasks has those that can be asked")
+        yield Violation("task_id", "found none; allowed: a task that ListTasks shows")
     if received.document is not None and task is not None:
         yield from _task_violations(request.fields, task, received.document)
     else:
@@ -115,8 +115,8 @@ def _violation_beside(
     if asked > room:
         return Violation(
             "parameters.max_new_tokens",
-            f"found {asked}; allowed: 1 to {room}, what {prompt_tokens} prompt tokens leave of the context of "
-            f"{limits.max_model_len}",
+            f"found {asked}; allowed: 1 to {room}, as the prompt takes {prompt_tokens} of the context's "
+            f"{limits.max_model_len} tokens",
         )
     return None
 
@@ -204,17 +204,17 @@ def _image_violations(request: pb.GenerateRequest, task: TaskSpec) -> Iterator[V
 def _text_violations(text: str, task: TaskSpec | None) -> Iterator[Violation]:
     if task and task.picture and not task.fields:
         if text:
-            yield Violation("text", f"found a text; allowed: none, as task {task.id} takes its image alone")
+            yield Violation("text", f"found a text; allowed: none, as task {task.id} takes only an image")
         return
     if not text.strip():
-        yield Violation("text", "found nothing but blanks; allowed: a text")
+        yield Violation("text", "found only blanks; allowed: a text")
     if task and len(task.fields) != 1:
         yield Violation("text", f"task {task.id} takes the fields {', '.join(task.fields)}; allowed: fields with these")
 
 
 def _fields_violations(fields: pb.TemplateFields, task: TaskSpec | None) -> Iterator[Violation]:
     if not any(value.strip() for value in fields.values.values()) and not (task and task.picture and not task.fields):
-        yield Violation("fields", "found nothing but blanks; allowed: a text in at least one field")
+        yield Violation("fields", "found only blanks; allowed: a text in at least one field")
     if task:
         yield from _named_violations(fields, task, task.fields)
 
@@ -267,10 +267,10 @@ def _chat_violations(chat: pb.Chat, prompts: PromptEncoder) -> Iterator[Violatio
         elif message.role == "system" and index > 0:
             yield Violation(f"{where}.role", "found 'system' after the first message; allowed: user, assistant")
         if not message.content.strip():
-            yield Violation(f"{where}.content", "found nothing but blanks; allowed: a text")
+            yield Violation(f"{where}.content", "found only blanks; allowed: a text")
         if found := prompts.reserved_in(message.content):
             what = f"found {found[0]}, a special token or a mark of the chat template"
-            yield Violation(f"{where}.content", f"{what}; allowed: a text without any")
+            yield Violation(f"{where}.content", f"{what}; allowed: a text without special tokens and marks")
     if chat.messages and chat.messages[-1].role in ("system", "assistant"):
         where = f"chat.messages[{len(chat.messages) - 1}]"
         yield Violation(f"{where}.role", f"found {chat.messages[-1].role!r} in the last message; allowed: user")
@@ -341,8 +341,8 @@ def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator
     if sampling.max_new_tokens < held.fewest:
         yield Violation(
             "parameters.max_new_tokens",
-            f"found {sampling.max_new_tokens}, the tenant's limit and the context included; allowed: {held.fewest} or "
-            "more, which the shortest answer of this type takes",
+            f"found {sampling.max_new_tokens}, after the limits of tenant and context; allowed: {held.fewest} or more, "
+            "as the shortest answer of this type takes so many tokens",
         )
     if other := [stop for stop in sampling.stop if stop not in task.stop]:
         allowed = (
@@ -353,7 +353,7 @@ def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator
         if getattr(sampling.more, name):
             yield Violation(
                 f"parameters.{name}",
-                "found beside an answer type; allowed: this parameter with `free`, or the type without it",
+                "found together with a type of answer; allowed: only with `free`",
             )
 
 

@@ -187,7 +187,7 @@ class _KeySource:
             found, keys = await asyncio.get_running_loop().run_in_executor(self._pool, _read_keys, self._issuer)
         except ChildError as error:
             fields = {"issuer": self._issuer.issuer, "reason": str(error)}
-            logger.error("issuer's keys not read, the old ones stay", extra={"fields": fields})
+            logger.error("issuer's keys not read; the old ones stay in force", extra={"fields": fields})
             self._on_failure(self._issuer.issuer)
             self._due = time.monotonic() + min(_RETRY_S * 2**self._failures, _REFRESH_S)
             self._failures = min(self._failures + 1, 10)

@@ -290,7 +290,7 @@ def test_rejects_files_that_are_no_result(content: str, tmp_path: Path) -> None:
 def test_document_compares_simulation_and_measurement() -> None:
     found = " ".join(compared({"rate": 24.81, "saturated": (47.96, 49.57), "p95_s": (1.069, 1.038)}))
     assert "answered 48.0 requests/s, by the model 49.6" in found
-    assert "offered 24.8 requests/s, round robin: p95 end to end was 1.07 s, in the simulation 1.04 s" in found
+    assert "24.8 requests/s was then sent round robin: p95 end to end was 1.07 s, in the simulation 1.04 s" in found
 
 
 def test_full_servers_answer_what_the_model_says() -> None:

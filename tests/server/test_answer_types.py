@@ -202,9 +202,9 @@ _REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("label", {"answer": pb.AnswerType(regex="cat|cow")}, "answer: task label has labels"),
     ("number", {"answer": pb.AnswerType(regex="[0-9]")}, "answer: task number has a type, number"),
     ("one", {"answer": pb.AnswerType(), "free": False}, "answer: found no type"),
-    ("one", {"answer": pb.AnswerType(regex="a"), "free": True}, "free: found beside answer"),
+    ("one", {"answer": pb.AnswerType(regex="a"), "free": True}, "free: found together with answer"),
     ("one", {"answer": pb.AnswerType(regex="(a{1000}){1000}")}, "answer: takes more than 10000 states"),
-    ("one", {"answer": pb.AnswerType(json="{")}, "answer: json: json: no JSON"),
+    ("one", {"answer": pb.AnswerType(json="{")}, "answer: json: json: not JSON"),
     ("one", {"answer": pb.AnswerType(grammar='root ::= "a" root?')}, "answer: grammar: grammar: recurses"),
     ("one", {"answer": pb.AnswerType(regex="[^a]")}, "answer: regex: an answer may contain the stop string"),
     (
@@ -292,7 +292,7 @@ async def test_a_calibrated_score_is_tempered(service: Service, client: AsyncCli
 async def test_each_input_of_a_score_has_its_own_status(client: AsyncClient) -> None:
     good, long, blank = await client.score("label", ["a", "b" * 100, " "])
     assert good.label == "cat"
-    for score, reason in ((long, "too long"), (blank, "nothing but blanks")):
+    for score, reason in ((long, "too long"), (blank, "only blanks")):
         assert score.error is not None
         assert score.error.code is grpc.StatusCode.INVALID_ARGUMENT
         assert reason in str(score.error)

@@ -87,7 +87,7 @@ async def test_without_its_supervisor_the_server_exits(app: App, monkeypatch: py
             for host in ("0.0.0.0", "::", "[::]", "10.0.0.1", "example.com")
             for tls in (False, True)
         ),
-        ("0.0.0.0", True, False, None, "no TLS on 0.0.0.0: keys and tokens can be read on their way"),
+        ("0.0.0.0", True, False, None, "no TLS on 0.0.0.0: keys and tokens travel unencrypted"),
         ("0.0.0.0", True, True, None, None),
         ("127.0.0.1", True, False, None, None),
     ],

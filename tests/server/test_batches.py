@@ -115,7 +115,7 @@ async def test_a_bad_item_harms_no_other(service: Service, client: AsyncClient) 
     assert streamed == dict(enumerate(ENDS))
     errors: list[Any] = [each.error for each in answers]
     assert errors[1].resource == "none"
-    assert errors[3].violations == [("text", "found nothing but blanks; allowed: a text")]
+    assert errors[3].violations == [("text", "found only blanks; allowed: a text")]
     assert errors[5].violations[0][0] == "parameters.max_new_tokens"
     assert errors[4].retry_after_s == 1.0
     with pytest.raises(ServerError, match="NOT_FOUND"):

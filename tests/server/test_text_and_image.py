@@ -104,8 +104,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "allowed: [3, 28, 28]",
     ),
     "no text": ({"task_id": "ask", "image": RED}, "input", "found none"),
-    "blank": ({"task_id": "ask", "input": " ", "image": RED}, "text", "nothing but blanks"),
-    "a text too many": ({"task_id": "look", "input": "x", "image": RED}, "text", "task look takes its image alone"),
+    "blank": ({"task_id": "ask", "input": " ", "image": RED}, "text", "only blanks"),
+    "a text too many": ({"task_id": "look", "input": "x", "image": RED}, "text", "task look takes only an image"),
     "another field": (
         {"task_id": "ask", "input": {"input": "x", "image": "y"}, "image": RED}, "fields.values[image]", "unknown"
     ),
@@ -205,7 +205,7 @@ async def test_not_finite_states_end_their_request_alone(service: Service, clien
         return np.nan * await encode(*arguments)
 
     images.encode = nothing  # type: ignore[method-assign]
-    with pytest.raises(ServerError, match="gave up on this request"):
+    with pytest.raises(ServerError, match="aborted this request"):
         await client.generate("ask", "x", image=RED)
     assert (await client.generate("one", "x")).text == "ab"
 

@@ -35,7 +35,7 @@ def check_readable(examples: Iterable[tuple[Example, int]]) -> None:
     if found := list(_unreadable(files).values()):
         more = f"; and {len(found) - _MOST} more" if len(found) > _MOST else ""
         raise SuiteError(
-            f"{len(found)} of {len(files)} images cannot be read; mend them, remove them, or set unreadable_images to "
+            f"{len(found)} of {len(files)} images cannot be read; repair or remove them, or set unreadable_images to "
             f"skip: {'; '.join(found[:_MOST])}{more}"
         )
 

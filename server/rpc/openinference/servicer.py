@@ -136,7 +136,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
 
     def _task(self, name: str, version: str) -> ServedTask:
         if not name:
-            raise invalid_argument([Violation("name", "found none; RepositoryIndex has those that can be asked")])
+            raise invalid_argument([Violation("name", "found none; allowed: a model that RepositoryIndex shows")])
         task = self._service.find(name)
         if task is None:
             raise self._service.not_found(name)

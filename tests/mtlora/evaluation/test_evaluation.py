@@ -279,7 +279,7 @@ def test_the_backbone_alone_needs_no_adapter(tiny_backbone: Path, folder: Path, 
     [
         (["--shots", "-1"], "--shots: found -1; allowed: 0 or more"),
         (["--examples", "0"], "--examples: found 0; allowed: 1 or more"),
-        (["--through", "127.0.0.1:1", "--shots", "1"], "--through: a server has its own prompts"),
+        (["--through", "127.0.0.1:1", "--shots", "1"], "--through: needs --adapter, without --shots"),
         (["--suite", "bbh-generated"], "the adapter has no task boolean_expressions"),
     ],
 )

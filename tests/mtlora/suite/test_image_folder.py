@@ -300,7 +300,7 @@ def test_every_unreadable_file_is_listed(tmp_path: Path) -> None:
     with pytest.raises(SuiteError) as caught:
         check_readable((e, 8) for split in SPLITS for e in suite.examples("t", split, None))
     told = str(caught.value)
-    assert told.startswith("4 of 12 images cannot be read; mend them, remove them, or set unreadable_images to skip: ")
+    assert told.startswith("4 of 12 images cannot be read; repair or remove them, or set unreadable_images to skip: ")
     for reason in (
         "a/0.png: found a GIF; allowed: PNG, JPEG, WebP, TIFF, PPM, BMP",
         "b/1.png: found a PNG that cannot be decoded",

@@ -248,7 +248,7 @@ def test_eval_refuses_what_it_cannot_score(
     whole = file.read_bytes()
     file.write_bytes(whole[:-40])
     assert main(arguments) == 2
-    told = f"1 of 32 images cannot be read; mend them, remove them, or set unreadable_images to skip: {file}: "
+    told = f"1 of 32 images cannot be read; repair or remove them, or set unreadable_images to skip: {file}: "
     assert told in capsys.readouterr().err
     file.write_bytes(whole)
     (suite / "half" / "train" / "left").rename(suite / "half" / "train" / "west")
