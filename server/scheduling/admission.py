@@ -42,7 +42,7 @@ class Admission:
         usage: Usage,
         metrics: Metrics,
         *,
-        spare: int = 0,
+        spare: int,
     ) -> None:
         self.state = State.STARTING
         self.lost: set[Lane] = set()

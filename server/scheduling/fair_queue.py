@@ -126,7 +126,7 @@ class FairQueue(Generic[Key, Item]):
         waiting = [(self.length_by_weight(name, lane), name) for name, flow in self._flows.items() if flow.lines[lane]]
         return max(waiting, key=lambda entry: entry[0])[1] if waiting else None
 
-    def length_by_weight(self, tenant: Key, lane: int = 0) -> tuple[int, float]:
+    def length_by_weight(self, tenant: Key, lane: int) -> tuple[int, float]:
         """What `longest` compares: (rank, items by weight)."""
         flow = self._flows[tenant]
         return flow.rank, flow.queued(lane) / flow.weight
@@ -145,7 +145,7 @@ class FairQueue(Generic[Key, Item]):
             self._lift(flow)
         flow.blocked = blocked
 
-    def ahead_of(self, tenant: Key, *, weight: float, rank: int, lane: int = 0) -> int:
+    def ahead_of(self, tenant: Key, *, weight: float, rank: int, lane: int) -> int:
         """Estimate how many items would be served before one that this tenant pushes now."""
         own = self._flows[tenant].queued(lane) if tenant in self._flows else 0
         ahead = own
