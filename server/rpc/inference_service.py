@@ -148,17 +148,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return pb.ClassifyResponse(results=results)
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
-        task = self.find(request.task_id)
-        if task is None:
-            raise self.not_found(request.task_id)
+        task = self.task(request.task_id)
         if task.spec.image is not None:
             pictures = self.classifier.of(scored_pictures(request, task), "ScoreItem")
             await finish(self.classifier.batches.run(pictures, classifying(calibrated=not request.uncalibrated)))
             return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(pictures)])
         texts = scored_items(request, task, current_call.get())
-        backend = self.backend
-        score = scoring(backend.engine.prompts, backend.limits.max_model_len, calibrated=not request.uncalibrated)
-        await finish(self.batches.run(texts, score))
+        await finish(self.batches.run(texts, scoring(self.backend, calibrated=not request.uncalibrated)))
         return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(texts)])
 
     async def GenerateStream(
@@ -208,6 +204,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             call.task = UNKNOWN_TASK
             return None
         call.task = task_id
+        return task
+
+    def task(self, task_id: str) -> ServedTask:
+        """Like `find`, for the current call. Raises `not_found`."""
+        task = self.find(task_id)
+        if task is None:
+            raise self.not_found(task_id)
         return task
 
     def not_found(self, task_id: str) -> RequestFailedError:

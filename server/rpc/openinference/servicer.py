@@ -84,9 +84,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
             TextItem(each, task, call, 1 if scored else samples_of(each, task), index)
             for index, each in enumerate(requests)
         ]
-        backend = self._service.backend
-        score = scoring(backend.engine.prompts, backend.limits.max_model_len, calibrated=True)
-        await self._service.batches.whole(items, score if scored else samples)
+        await self._service.batches.whole(items, scoring(self._service.backend, calibrated=True) if scored else samples)
         return items
 
     async def _classify(self, request: pb.ModelInferRequest, task: ServedTask) -> list[ImageItem]:
@@ -137,9 +135,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
     def _task(self, name: str, version: str) -> ServedTask:
         if not name:
             raise invalid_argument([Violation("name", "found none; RepositoryIndex has those that can be asked")])
-        task = self._service.find(name)
-        if task is None:
-            raise self._service.not_found(name)
+        task = self._service.task(name)
         if version and version != task.adapter_version:
             raise task_not_found(f"{name}/{version}", [f"{name}/{task.adapter_version}"])
         return task
