@@ -1,7 +1,8 @@
 """The gRPC side, in the order in which a request passes through it.
 
 listening.py     the port and its limits, tls.py the certificates
-interceptor.py   around each call: tenant, status, log line, counts, trace; anonymous.py around health and reflection
+interceptor.py   around each call: tenant, status, log line, counts, trace; anonymous.py around health and reflection;
+                 wrapping.py what both share
 inference_service.py, adapters_service.py, usage_service.py, openinference/, health.py: the services
 validation.py    a request's message to a job; parameters.py rare sampling parameters
 batch.py         samples of a request and items of a batch, side by side
