@@ -90,11 +90,11 @@ class Admission:
             self._check_quotas(tenant, places, lane)
         if tenant.has_budget or self._usage.stuck:
             self._usage.check(tenant, requests)
-        task, line = asyncio.current_task(), (tenant.id, lane)
+        task, key = asyncio.current_task(), (tenant.id, lane)
         assert task is not None
         self._running.add(task)
         self._in_flight[lane] += places
-        self._of_tenant[line] += places
+        self._of_tenant[key] += places
         self._idle.clear()
         try:
             yield
@@ -105,9 +105,9 @@ class Admission:
         finally:
             self._running.discard(task)
             self._in_flight[lane] -= places
-            self._of_tenant[line] -= places
-            if not self._of_tenant[line]:
-                del self._of_tenant[line]
+            self._of_tenant[key] -= places
+            if not self._of_tenant[key]:
+                del self._of_tenant[key]
             if not self._running:
                 self._idle.set()
 
