@@ -63,7 +63,14 @@ class Setting:
         self.engines: list[FakeEngine] = []
         self.next_starts = True
         self.listener = Listener()
-        self.supervisor = Supervisor(self.make, self.listener, hang_s=5.0, max_failures=max_failures, window_s=60.0)
+        self.supervisor = Supervisor(
+            self.make,
+            self.listener.engine_started,
+            self.listener.engine_lost,
+            hang_s=5.0,
+            max_failures=max_failures,
+            window_s=60.0,
+        )
 
     def make(self) -> Any:
         self.engines.append(FakeEngine())
