@@ -32,7 +32,7 @@ class EngineStartError(RuntimeError):
 class _Wait:
     """A wait of the current task for the engine: for a sequence's next tokens, or for an answer from between two steps.
 
-    It registers itself in `waits`. `lose` ends it with EngineDeadError, and so does vLLM's error of that name.
+    It registers itself in `waits`. `lose` ends it with EngineDeadError; vLLM's own error becomes this one.
     """
 
     __slots__ = ("_lost", "_task", "_waits", "since")

@@ -36,6 +36,7 @@ class Supervisor:
     while work waits. More than `max_failures` failures within `window_s` seconds end the supervision.
 
     on_start: gets each engine that has started. on_loss: called as soon as an engine is lost.
+
     `load`, `unload` and `warm_up` go to the running engine.
     """
 

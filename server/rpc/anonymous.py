@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import grpc
 
 from server.errors import RequestFailedError, Violation, invalid_argument, resource_exhausted, unavailable
-from server.rpc.wrapping import WrappingInterceptor, reading
+from server.rpc.wrapping import WrappingInterceptor, reading_handler
 from server.settings import Settings
 
 _REFLECTION_S = 60.0
@@ -88,7 +88,7 @@ class AnonymousInterceptor(WrappingInterceptor):
                     await context.write(answer)
 
         stream = converse if handler.request_streaming else watch
-        return reading(handler, stream if handler.response_streaming else unary, handler.request_deserializer)
+        return reading_handler(handler, stream if handler.response_streaming else unary, handler.request_deserializer)
 
 
 @asynccontextmanager

@@ -29,7 +29,7 @@ from server.errors import (
 )
 from server.rpc.anonymous import AnonymousCalls, end_of_messages
 from server.rpc.failures import failure_of
-from server.rpc.wrapping import WrappingInterceptor, reading
+from server.rpc.wrapping import WrappingInterceptor, reading_handler
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
@@ -101,7 +101,7 @@ class CallInterceptor(WrappingInterceptor):
                     await self._write(context, message)
 
         behavior = stream if handler.response_streaming else unary
-        return reading(handler, behavior, _forgiving(handler.request_deserializer))
+        return reading_handler(handler, behavior, _forgiving(handler.request_deserializer))
 
     async def _messages(self, first: Any, context: Any) -> AsyncIterator[Any]:
         """Yield the messages of a client stream; each must arrive in time."""

@@ -29,7 +29,9 @@ class WrappingInterceptor(grpc.aio.ServerInterceptor):
         raise NotImplementedError
 
 
-def reading(handler: Any, behavior: Callable[[Any, Any], Awaitable[Any]], deserialize: Callable[[bytes], Any]) -> Any:
+def reading_handler(
+    handler: Any, behavior: Callable[[Any, Any], Awaitable[Any]], deserialize: Callable[[bytes], Any]
+) -> Any:
     """A handler whose `behavior` reads the call's message itself.
 
     A unary call becomes one with a stream of messages: for a unary handler, gRPC waits without limit for the message
