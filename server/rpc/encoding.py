@@ -71,14 +71,22 @@ def _parameters(defaults: TaskDefaults) -> pb.GenerationParameters:
 
 def response(generation: Generation) -> pb.GenerateResponse:
     return pb.GenerateResponse(
-        text=generation.answer,
+        **_content(generation),
         summary=summary(generation),
-        logprobs=[token_logprobs(token) for token in generation.logprobs],
-        reasoning=generation.reasoning.strip() if generation.job.include_reasoning else "",
-        token_ids=generation.token_ids if generation.job.return_token_ids else (),
         prompt_logprobs=[token_logprobs(token) for token in generation.prompt_logprobs],
         answer_type=generation.job.answer_type,
     )
+
+
+def _content(generation: Generation) -> dict[str, Any]:
+    """The fields that an answer and a sample share."""
+    job = generation.job
+    return {
+        "text": generation.answer,
+        "logprobs": [token_logprobs(token) for token in generation.logprobs],
+        "reasoning": generation.reasoning.strip() if job.include_reasoning else "",
+        "token_ids": generation.token_ids if job.return_token_ids else (),
+    }
 
 
 def item_response(item: TextItem) -> pb.GenerateResponse:
@@ -102,13 +110,9 @@ def batch_item(item: TextItem) -> pb.BatchItem:
 
 
 def _sample(generation: Generation) -> pb.Sample:
-    job = generation.job
     return pb.Sample(
-        text=generation.answer,
+        **_content(generation),
         finish_reason=_FINISH_REASONS[generation.finish_reason or "length"],
-        logprobs=[token_logprobs(token) for token in generation.logprobs],
-        reasoning=generation.reasoning.strip() if job.include_reasoning else "",
-        token_ids=generation.token_ids if job.return_token_ids else (),
         cumulative_logprob=generation.cumulative_logprob,
         working_tokens=generation.working_tokens,
         completion_tokens=generation.completion_tokens,
