@@ -48,9 +48,7 @@ class Catalog:
         return self.ids[max(0, place - _NEAR) : place + _NEAR]
 
 
-def build_catalog(
-    records: Iterable[AdapterRecord], before: Catalog, failures: Iterable[AdapterFailure] = ()
-) -> Catalog:
+def build_catalog(records: Iterable[AdapterRecord], before: Catalog, failures: Iterable[AdapterFailure]) -> Catalog:
     """The table of serving versions, with the given `failures` and those of claims.
 
     A task that several adapters claim stays with the one that had it `before`, or else goes to the first by name. Every

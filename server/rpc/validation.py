@@ -13,8 +13,8 @@ from mtlora.task import TaskSpec, template_fields
 from server.errors import Violation
 from server.job import GenerationJob, Sampling, ServedTask
 from server.rpc import parameters as more
-from server.rpc.answers import Held
 from server.rpc.documents import Document
+from server.rpc.own_types import AnswerConstraint
 from server.tenants import OPEN_TENANT, Tenant
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Received:
     cache_salt: str | None = None
     delta_tokens: int = 1
     stream: bool = False
-    own: Held | None = None
+    own: AnswerConstraint | None = None
     document: Document | None = None
     sight: "Sight | None" = None
 
@@ -68,11 +68,11 @@ def validate(received: Received, prompts: PromptEncoder, limits: PromptLimits) -
         return [prompt]
     if violation := _violation_beside(received, values, len(prompt.ids), limits):
         return [violation]
-    held = received.own or _held(received.request, task)
-    plain = _job(received, task, prompt, held, limits)
+    constraint = received.own or _constraint(received.request, task)
+    plain = _job(received, task, prompt, constraint, limits)
     job = plain if values is None else _with_more(plain, values, limits.vocab_size)
-    if held and not isinstance(job, list):
-        return list(_type_violations(job.sampling, task.spec, held)) or job
+    if constraint and not isinstance(job, list):
+        return list(_type_violations(job.sampling, task.spec, constraint)) or job
     return job
 
 
@@ -327,21 +327,21 @@ def _render_chat(request: pb.GenerateRequest, prompts: PromptEncoder) -> str:
     return prompts.render_chat([{"role": each.role, "content": each.content} for each in request.chat.messages])
 
 
-def _held(request: pb.GenerateRequest, task: ServedTask) -> Held | None:
+def _constraint(request: pb.GenerateRequest, task: ServedTask) -> AnswerConstraint | None:
     """The constraint of the task's type."""
-    constraint = task.spec.constraint(without_adapter=request.without_adapter)
-    if constraint is None or request.free:
+    found = task.spec.constraint(without_adapter=request.without_adapter)
+    if found is None or request.free:
         return None
     fewest = task.version.fewest if task.version is not None else None
-    return Held(constraint.text, constraint.type.name, fewest[task.spec.id] if fewest else 1)
+    return AnswerConstraint(found.text, found.type.name, fewest[task.spec.id] if fewest else 1)
 
 
-def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator[Violation]:
+def _type_violations(sampling: Sampling, task: TaskSpec, constraint: AnswerConstraint) -> Iterator[Violation]:
     """Violations that would cut an answer before its type allows an end."""
-    if sampling.max_new_tokens < held.fewest:
+    if sampling.max_new_tokens < constraint.fewest_tokens:
         yield Violation(
             "parameters.max_new_tokens",
-            f"found {sampling.max_new_tokens}, after the limits of tenant and context; allowed: {held.fewest} or more, "
+            f"found {sampling.max_new_tokens}, after the limits of tenant and context; allowed: {constraint.fewest_tokens} or more, "
             "as the shortest answer of this type takes so many tokens",
         )
     if other := [stop for stop in sampling.stop if stop not in task.stop]:
@@ -358,7 +358,7 @@ def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator
 
 
 def _job(
-    received: Received, task: ServedTask, prompt: _Prompt, held: Held | None, limits: PromptLimits
+    received: Received, task: ServedTask, prompt: _Prompt, constraint: AnswerConstraint | None, limits: PromptLimits
 ) -> GenerationJob:
     """The job of a request without violations, but for its rare parameters."""
     request, document = received.request, received.document
@@ -367,20 +367,20 @@ def _job(
     return GenerationJob(
         task=task,
         prompt_ids=tuple(prompt.ids),
-        sampling=_sampling(request.parameters, task.spec, most, limits.vocab_size, held),
+        sampling=_sampling(request.parameters, task.spec, most, limits.vocab_size, constraint),
         without_adapter=request.without_adapter,
         cache_salt=received.cache_salt,
         delta_tokens=received.delta_tokens,
-        strip=request.WhichOneof("input") != "chat" or held is not None,
+        strip=request.WhichOneof("input") != "chat" or constraint is not None,
         include_reasoning=request.include_reasoning,
-        answer_type=held.name if held else "",
+        answer_type=constraint.type_name if constraint else "",
         activation=prompt.point if task.activation == "task" else None,
         lease=document.lease if document is not None else None,
     )
 
 
 def _sampling(
-    parameters: pb.GenerationParameters, task: TaskSpec, most: int, vocab_size: int, held: Held | None
+    parameters: pb.GenerationParameters, task: TaskSpec, most: int, vocab_size: int, constraint: AnswerConstraint | None
 ) -> Sampling:
     return Sampling(
         max_new_tokens=parameters.max_new_tokens or min(task.max_new_tokens, most),
@@ -390,7 +390,7 @@ def _sampling(
         seed=parameters.seed if parameters.HasField("seed") else None,
         stop=tuple(parameters.stop.values) if parameters.HasField("stop") else task.stop,
         logprobs=parameters.logprobs,
-        constraint=held.constraint if held else None,
+        constraint=constraint.text if constraint else None,
     )
 
 

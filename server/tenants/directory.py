@@ -67,7 +67,7 @@ def read_tenants(path: Path, replicas: int | None = None) -> Tenants:
     return snapshot.finished(file)
 
 
-async def read_tenants_aside(path: Path, replicas: int | None = None) -> Tenants:
+async def read_tenants_aside(path: Path, replicas: int | None) -> Tenants:
     """Like `read_tenants`, in a child process; blocks the event loop only for one part at a time. Raises ChildError."""
     first, *parts = await asyncio.to_thread(in_child, read_parts, path, replicas, limits=_LIMITS)
     snapshot = _Snapshot()

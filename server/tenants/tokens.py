@@ -55,7 +55,7 @@ class Tokens:
     `run` keeps the issuers' keys up to date. on_failure: gets the issuer whose keys could not be read.
     """
 
-    def __init__(self, directory: Directory, on_failure: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, directory: Directory, on_failure: Callable[[str], None]) -> None:
         self._directory = directory
         self._on_failure = on_failure
         self._pepper = secrets.token_bytes(32)

@@ -10,7 +10,7 @@ import pytest
 from server.engine import Engine, EngineStartError, launch
 from server.engine.threads import BIND
 from server.engine.translation import sampling_params
-from server.job import MoreSampling, Sampling
+from server.job import Lane, MoreSampling, Sampling
 from server.settings import load_settings
 from tests.engine._models import make_model
 
@@ -26,24 +26,30 @@ def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("own", [None, "0-3"])
-def test_an_engines_cores_are_not_those_of_the_next(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engines_cores_are_not_those_of_the_next(
+    own: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings({"adapters": tmp_path})
     monkeypatch.delenv(BIND, raising=False)
     if own is not None:
         monkeypatch.setenv(BIND, own)
     found = []
 
-    def environment() -> dict[str, str]:
+    def environment(*_: Any) -> dict[str, str]:
         found.append(os.environ.get(BIND))
         return {BIND: "4-7"}
 
-    def refused() -> dict[str, Any]:
+    def refused(*_: Any) -> dict[str, Any]:
         found.append(os.environ[BIND])
         raise ValueError("refused")
+
+    monkeypatch.setattr(launch, "engine_environment", environment)
+    monkeypatch.setattr(launch, "_engine_args", refused)
 
     with mock.patch.dict(os.environ), mock.patch.dict(launch._before, clear=True):
         for _ in range(2):
             with pytest.raises(ValueError, match="refused"):
-                launch._launch(environment, refused, lambda _: None)
+                launch.launch(settings, Lane.TEXT, tmp_path, lambda _: None)
     assert found == [own, "4-7"] * 2
 
 

@@ -24,7 +24,7 @@ from mtlora.client import Access, Answer, AsyncClient, ServerError, value_of
 from server.errors import EngineDeadError
 from server.isolation import Limits, in_child
 from server.job import Delta, GenerationJob, ServedTask, TokenLogprob, TokenLogprobs
-from server.rpc import answers
+from server.rpc import own_types
 from tests.server.adapters import entry
 from tests.server.fakes import FakeEngine, Service
 from tests.waiting import eventually
@@ -170,7 +170,7 @@ async def test_checks_of_one_tenants_types_are_bounded(tmp_path: Path, monkeypat
         release.wait(30)
         return [pickle.dumps((data["pattern"], "regex"))]
 
-    monkeypatch.setattr(answers, "in_child", check)
+    monkeypatch.setattr(own_types, "in_child", check)
     (key_a, entry_a), (key_b, entry_b) = tenant("a"), tenant("b")
     service = Service(64, tenants=write_tenants(tmp_path / "tenants.yaml", entry_a, entry_b))
     with_types(service)
