@@ -30,8 +30,11 @@ _IMAGE_SIZE = 112
 VISION_CACHE_BYTES = 64 << 20
 # Start engines one after the other, because vLLM's processes inherit the environment.
 _launching = threading.Lock()
-# Earlier values of the thread variables that the last launch changed.
+# Earlier values of the variables that the last launch changed for its engine alone.
 _before: dict[str, str | None] = {}
+# vLLM's second model runner, its default on GPUs, takes no prompts of embeddings for encoders
+# (vllm/v1/worker/gpu/model_states/encoder_only.py).
+_MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 # GiB of KV cache on a CPU, unless a setting says otherwise.
 CPU_KV_CACHE_GIB = 1.0
 
@@ -50,7 +53,7 @@ def launch(settings: Settings, lane: Lane, backbone: Path, on_stats: Callable[[E
 
 
 def _set_environment(settings: Settings, lane: Lane) -> None:
-    """Set this process's variables for an engine, after those that placed another engine's threads are set back."""
+    """Set this process's variables for an engine, after those of another engine alone are set back."""
     for name, value in _before.items():
         if value is None:
             os.environ.pop(name, None)
@@ -58,8 +61,8 @@ def _set_environment(settings: Settings, lane: Lane) -> None:
             os.environ[name] = value
     environment = engine_environment(settings, lane)
     _before.clear()
-    placing = environment.keys() & {BIND, "OMP_NUM_THREADS", shared_cores.ENVIRONMENT}
-    _before.update({name: os.environ.get(name) for name in placing})
+    own = environment.keys() & {BIND, "OMP_NUM_THREADS", shared_cores.ENVIRONMENT, _MODEL_RUNNER}
+    _before.update({name: os.environ.get(name) for name in own})
     os.environ.update(environment)
     # Reject vLLM's variable, which would silently override the setting.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
@@ -193,6 +196,7 @@ def engine_environment(settings: Settings, lane: Lane) -> dict[str, str]:
         orphans.ENVIRONMENT_SWITCH: "1",
         # This server sends constraints itself.
         "MTLORA_TYPED_REQUESTS": "0",
+        **({_MODEL_RUNNER: "0"} if images else {}),
         **memory_environment(),
         **(shared_cores.sharing_environment(lane.value) if sharing else {}),
         **thread_environment(bind, os.environ, 1 if images else settings.ranks, from_last=sharing and images),

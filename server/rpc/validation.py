@@ -341,8 +341,8 @@ def _type_violations(sampling: Sampling, task: TaskSpec, constraint: AnswerConst
     if sampling.max_new_tokens < constraint.fewest_tokens:
         yield Violation(
             "parameters.max_new_tokens",
-            f"found {sampling.max_new_tokens}, after the limits of tenant and context; allowed: {constraint.fewest_tokens} "
-            "or more, as the shortest answer of this type takes so many tokens",
+            f"found {sampling.max_new_tokens}, after the limits of tenant and context; allowed: "
+            f"{constraint.fewest_tokens} or more, as the shortest answer of this type takes so many tokens",
         )
     if other := [stop for stop in sampling.stop if stop not in task.stop]:
         allowed = (

@@ -53,6 +53,24 @@ def test_an_engines_cores_are_not_those_of_the_next(
     assert found == [own, "4-7"] * 2
 
 
+def test_vision_engines_keep_the_first_model_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs vLLM would choose the second, which refuses images as prompts of embeddings."""
+    from vllm import envs
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu.model_states import encoder_only
+
+    name = "VLLM_USE_V2_MODEL_RUNNER"
+    settings = load_settings({"adapters": tmp_path})
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    envs.disable_envs_cache()
+    assert not encoder_only.EncoderOnlyModelState.supports_prompt_embeds
+    with mock.patch.dict(os.environ), mock.patch.dict(launch._before, clear=True):
+        for lane, second in ((Lane.TEXT, True), (Lane.IMAGES, False), (Lane.TEXT, True)):
+            launch._set_environment(settings, lane)
+            assert VllmConfig().use_v2_model_runner is second
+
+
 def test_vllm_takes_what_is_valid() -> None:
     more = MoreSampling(
         min_p=0.5, logit_bias={7: 2.0, 9: 1.0}, banned_tokens=(9,), allowed_tokens=(7,), min_new_tokens=1
