@@ -1,9 +1,11 @@
 """Answers from a running server."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from mtlora.client import OPEN, Access, Client
+from mtlora.client import OPEN, Access, Client, ServerError
+from mtlora.errors import MtLoRAError
 from mtlora.evaluation.answerers import Answerer, Answerers, Labeller, answer_bar
 from mtlora.suite.base import Example
 
@@ -23,7 +25,7 @@ def server_answerers(address: str, access: Access, *, labels: bool) -> Answerers
 def server_answerer(
     address: str, access: Access = OPEN, *, without_adapter: bool = False, concurrency: int = _CONCURRENCY
 ) -> Answerer:
-    """Answers from a running server, `concurrency` requests at a time. Raises ServerError if one fails."""
+    """Answers from a running server, `concurrency` requests at a time. Raises MtLoRAError if one fails."""
 
     def answer(examples: Sequence[Example]) -> list[str]:
         def ask(example: Example) -> str:
@@ -35,7 +37,7 @@ def server_answerer(
             return text
 
         with (
-            Client(address, access) as client,
+            _connected(address, access) as client,
             ThreadPoolExecutor(concurrency) as pool,
             answer_bar(len(examples), "ask", not without_adapter) as bar,
         ):
@@ -45,7 +47,7 @@ def server_answerer(
 
 
 def server_labeller(address: str, access: Access = OPEN) -> Labeller:
-    """Probabilities of labels from a running server, not calibrated. Raises ServerError if an input fails."""
+    """Probabilities of labels from a running server, not calibrated. Raises MtLoRAError if an input fails."""
 
     def label(examples: Sequence[Example]) -> list[Mapping[str, float]]:
         def ask(example: Example) -> Mapping[str, float]:
@@ -54,7 +56,17 @@ def server_labeller(address: str, access: Access = OPEN) -> Labeller:
                 raise score.error
             return score.probabilities
 
-        with Client(address, access) as client, ThreadPoolExecutor(_CONCURRENCY) as pool:
+        with _connected(address, access) as client, ThreadPoolExecutor(_CONCURRENCY) as pool:
             return list(pool.map(ask, examples))
 
     return label
+
+
+@contextlib.contextmanager
+def _connected(address: str, access: Access) -> Iterator[Client]:
+    """A client. Raises MtLoRAError for a request that fails inside the block."""
+    with Client(address, access) as client:
+        try:
+            yield client
+        except ServerError as error:
+            raise MtLoRAError(f"{address}: {error}") from None

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from benchmarks.harness.ports import free_port
 from mtlora.answer.labels import LabelTree
 from mtlora.checkpoint.format import TENSORS_FILE, TaskEntry
 from mtlora.checkpoint.read import read_manifest
@@ -288,6 +289,15 @@ def test_eval_refuses_wrong_flags(
 ) -> None:
     assert main(["eval", "--backbone", str(tiny_backbone), "--adapter", str(checkpoint), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_answer_is_named_in_one_line(
+    tiny_backbone: Path, checkpoint: Path, folder: Path, capsys
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    flags = ["--adapter", str(checkpoint), "--suite", str(folder), "--examples", "2", "--through", address]
+    assert main(["eval", "--backbone", str(tiny_backbone), *flags]) == 2
+    assert f"mtlora: error: {address}: UNAVAILABLE: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--adapter-only", "--record"])
