@@ -89,14 +89,14 @@ $(TRITON)/.installed: requirements/triton.lock
 	touch $@
 
 bench: $(STAMP) ## start-up and memory of the server; throughput with adapters against the bare backbone and the field
-	status=0; $(MASK) $(BIN)/python -m benchmarks.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
-	$(MASK) $(BIN)/python -m benchmarks.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
+	status=0; $(MASK) $(BIN)/python -m benchmarks.server.startup --backbone $(BACKBONE) --adapters $(ADAPTERS) || status=$$?; \
+	$(MASK) $(BIN)/python -m benchmarks.engine.throughput --backbone $(BACKBONE) $(BENCH) && exit $$status
 
 bench-vision: $(STAMP) ## images a second with adapters against the bare vision backbone and the field (VISION="--rounds 2")
-	$(BIN)/python -m benchmarks.vision --backbone $(VISION_BACKBONE) $(VISION)
+	$(BIN)/python -m benchmarks.vision.throughput --backbone $(VISION_BACKBONE) $(VISION)
 
 documents: $(STAMP) ## many tasks about one document, computed once, against each task by itself; the adapter's accuracy
-	$(BIN)/python -m benchmarks.documents --backbone $(BACKBONE) $(DOCUMENTS)
+	$(BIN)/python -m benchmarks.engine.documents --backbone $(BACKBONE) $(DOCUMENTS)
 
 bench-ops: $(STAMP) ## a layer of the routed path on this CPU, in microseconds; Python between steps on a GPU
 	$(BIN)/python -m benchmarks.ops
@@ -110,13 +110,13 @@ bench-merge: $(STAMP) ## a task added by merge against joint training, and the o
 	$(BIN)/python -m benchmarks.merging --backbone $(BACKBONE)
 
 bench-front: $(STAMP) ## the server's own processor time a request beside `vllm serve` with the same plugin
-	$(BIN)/python -m benchmarks.front --backbone $(BACKBONE) $(FRONT)
+	$(BIN)/python -m benchmarks.server.front --backbone $(BACKBONE) $(FRONT)
 
 types: $(STAMP) ## answers outside their types, throughput typed and free, scores of labels (TYPES="--requests 500": shorter)
-	$(BIN)/python -m benchmarks.types --backbone $(BACKBONE) $(TYPES)
+	$(BIN)/python -m benchmarks.server.typed_answers --backbone $(BACKBONE) $(TYPES)
 
 loadtest: $(STAMP) ## a server's knee, a closed loop there, the engine without a server; report in out/loadtest
-	$(BIN)/python -m benchmarks.loadtest --backbone $(BACKBONE) --adapters $(ADAPTERS) $(LOADTEST)
+	$(BIN)/python -m benchmarks.server.loadtest --backbone $(BACKBONE) --adapters $(ADAPTERS) $(LOADTEST)
 
 faults: $(STAMP) ## faults injected into a real server, a row each (FULL=1: at full length)
 	$(BIN)/python -m tests.faults --backbone $(BACKBONE) --adapters $(ADAPTERS) $(if $(FULL),--full) $(FAULTS)

@@ -17,7 +17,8 @@ from mtlora.backbone import resolve
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.cli.backbone import add_backbone_argument
 from mtlora.cli.output import print_table
-from mtlora.evaluation.evaluate import offline_answerer, score
+from mtlora.evaluation.offline import offline_answerer
+from mtlora.evaluation.scores import score
 from mtlora.merge.extend import extended_config
 from mtlora.merge.merge import NEW_EXPERTS, SETTINGS, Mode, merge
 from mtlora.model.language import load_adapted_model

@@ -54,9 +54,9 @@ class Knee(RampSettings, _Measuring):
             await session.check()
         status = session.finish()
         if knee is None:
-            print("knee: none, not even the lowest load that was tried holds the service level")
+            print("knee: none; even the lowest load tried did not meet the service level")
             return status or 1
-        more = "" if session.result["knee"]["bounded"] else " or more: no load was found that does not hold"
+        more = "" if session.result["knee"]["bounded"] else " or more: every load tried met the service level"
         print(f"knee: {knee.offered:.1f} requests/s{more}")
         _print_judgement(session.result)
         return status
@@ -149,12 +149,10 @@ def _print_phase(phase: dict[str, Any]) -> None:
         f"generator {phase['generator']['cores']:.1%} of a core"
     )
     if (late := phase["generator"]["held_up"]["most"]) > _LATE_S:
-        print(f"the generator was late itself, by up to {late:.2f} s: latencies include that")
+        print(f"the generator itself was late by up to {late:.2f} s; the latencies include this")
     delay = phase["server"] and phase["server"]["loop_delay"]
     if delay and delay["p99_from"] >= _LATE_S:
-        print(
-            f"the server's event loop was late, p99 above {delay['p99_from']:g} s: it measures less than clients wait"
-        )
+        print(f"the server's event loop was late, p99 above {delay['p99_from']:g} s: its latencies leave this wait out")
 
 
 def _print_judgement(made: dict[str, Any]) -> None:

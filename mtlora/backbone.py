@@ -76,7 +76,7 @@ def resolve(backbone: str) -> Path:
 
 def identify(folder: Path) -> BackboneIdentity:
     """Read a backbone folder's identity. Raises BackboneError if config or weights cannot be read."""
-    from mtlora.vision.families import is_vision, read_config
+    from mtlora.vision.families import MODEL_TYPES, is_vision, read_config
 
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -84,6 +84,10 @@ def identify(folder: Path) -> BackboneIdentity:
         if is_vision(config.get("model_type")):
             vision = read_config(folder)
             hidden_size, num_layers = vision.hidden_size, vision.num_layers
+        elif "hidden_size" not in config:
+            found = f"found {config.get('model_type')!r}, without hidden_size"
+            allowed = f"a causal language model, or for images {', '.join(MODEL_TYPES)}"
+            raise BackboneError(f"{folder}: model_type: {found}; allowed: {allowed}")
         else:
             hidden_size, num_layers = config["hidden_size"], config["num_hidden_layers"]
         return BackboneIdentity(

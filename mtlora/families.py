@@ -6,12 +6,10 @@ A family is a `model_type` of transformers whose causal language model vLLM runs
    `self_attn` and `mlp`, whose forward takes the layer's input as `hidden_states` or `x`. An adapter needs nothing
    else: `AdapterSet.attach` (training) and `MtLoRAModelManager` (serving) find the blocks by these names, and refuse a
    model without them. In transformers, `model.model` gives the hidden states and `model.lm_head` the logits.
-2. Add an entry to `FAMILIES`. Name a class only if it computes the same as `mtlora/train/cpu_backbone.py` does, which
-then
-   takes its place while training on a CPU. `None` keeps the family's own operation.
-3. Run `pytest tests/engine/test_parity.py`: for every entry, it compares the engine's log-probabilities with adapters
-to
-   those of transformers.
+2. Add an entry to `FAMILIES`. Name a class only if it computes the same as `mtlora/train/cpu_backbone.py`, which then
+   replaces it while training on a CPU. `None` keeps the family's own operation.
+3. Run `pytest tests/engine/test_parity.py`. For every entry, it compares the engine's log-probabilities, with adapters,
+   to those of transformers.
 
 A model of another family also runs if it has this layout, but it trains more slowly on a CPU and no test covers it.
 """

@@ -192,7 +192,7 @@ class TaskSpec(BaseModel):
     def _defaults_fit_the_type(self) -> "TaskSpec":
         given = self.defaults.given if self.defaults and self.answer_type else {}
         if found := next((name for name in AGAINST_TYPES if given.get(name)), None):
-            raise ValueError(f"defaults: {found}: found one beside a type of answer, which it contradicts")
+            raise ValueError(f"defaults: {found}: found one; allowed: none, as the task has a type of answer")
         return self
 
     @model_validator(mode="after")
@@ -203,7 +203,7 @@ class TaskSpec(BaseModel):
             raise ValueError("image: a task of images needs labels: an answer of type label, or allowed_answers")
         for name in _OF_TEXT:
             if (found := getattr(self, name)) != TaskSpec.model_fields[name].default:
-                raise ValueError(f"{name}: found {found!r}; a task of images has no text, so this keeps its default")
+                raise ValueError(f"{name}: found {found!r}; allowed: the default, as a task of images has no text")
         return self
 
     @model_validator(mode="after")

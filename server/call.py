@@ -2,13 +2,14 @@
 
 import time
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
 
 from server.accounting import AuditedCall, Usage, UsageCounts
 from server.errors import from_exception
+from server.job import Job
 from server.telemetry.genai import GenAIMetrics
 from server.telemetry.logs import get_logger
 from server.telemetry.metrics import Metrics
@@ -45,6 +46,10 @@ class Call:
     completion_tokens: int = 0
     counted: bool = False
 
+    def item(self, index: int, method: str) -> "Call":
+        """The call of one item of this one, for usage, metrics and log."""
+        return replace(self, request_id=f"{self.request_id}.{index}", method=method, audited=None)
+
     def count_in(self, usage: Usage) -> None:
         """Count the engine's work for this call, once, before the client gets the end of the answer."""
         if self.sequences and not self.counted:
@@ -75,11 +80,13 @@ class Call:
         }
         logger.info("request", extra={"fields": fields})
 
-    def error_type(self, error: BaseException) -> str:
-        """The name of the status that an error ends the call with."""
-        if isinstance(error, Exception):
-            return from_exception(error).code.name
-        return "DEADLINE_EXCEEDED" if self.expired else "CANCELLED"
+    def failed(self, job: Job, error: BaseException) -> None:
+        """Note that a job of the call has ended in an error."""
+        if self.genai is None:
+            return
+        cancelled = "DEADLINE_EXCEEDED" if self.expired else "CANCELLED"
+        kind = from_exception(error).code.name if isinstance(error, Exception) else cancelled
+        self.genai.failed(job, kind, time.monotonic() - self.received)
 
     @property
     def expired(self) -> bool:

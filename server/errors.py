@@ -127,7 +127,7 @@ def quota_exceeded(subject: str, quota: str, retry_after_s: float | None) -> Req
     details: list[Message] = [error_details_pb2.QuotaFailure(violations=[violation])]
     if retry_after_s is not None:
         details.insert(0, _retry_info(retry_after_s))
-    return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{subject}: {quota}", details)
+    return RequestFailedError(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{subject}: over its quota: {quota}", details)
 
 
 def deadline_out_of_reach(message: str) -> RequestFailedError:
@@ -161,8 +161,8 @@ def from_exception(error: Exception) -> RequestFailedError:
     if isinstance(error, AdapterError):
         return unavailable(error.public, 5.0)
     if isinstance(error, EngineAbortedError):
-        return unavailable("the engine gave up on this request", 1.0)
-    return RequestFailedError(grpc.StatusCode.INTERNAL, "internal error; the server's log has it under this request id")
+        return unavailable("the engine aborted this request", 1.0)
+    return RequestFailedError(grpc.StatusCode.INTERNAL, "internal error; see the server's log for this request id")
 
 
 def shorten(text: str, limit: int) -> str:

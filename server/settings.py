@@ -49,22 +49,29 @@ class Settings(BaseSettings):
     adapters: str | None = Field(
         None, description="folder of adapter checkpoints, NAME/VERSION/ each, or an fsspec URL of one, such as s3://..."
     )
-    allow_no_tasks: bool = Field(False, description="start although no adapter can be served")
+    allow_no_tasks: bool = Field(False, description="start even if no adapter can be served")
     adapters_read_only: bool = Field(
         False,
-        description="do not start if this process can write the folder of adapters: its volume is to be read-only",
+        description="refuse to start if this process can write the folder of adapters; mount its volume read-only",
     )
     adapters_poll_s: float = Field(
-        2.0, gt=0, le=3600, description="seconds between scans of the adapters, beside the kernel's notices of changes"
+        2.0,
+        gt=0,
+        le=3600,
+        description="seconds between scans of the adapters, in addition to the kernel's reports of changes",
     )
     storage_timeout_s: float = Field(
-        30.0, gt=0, le=3600, description="seconds in which the adapters' storage must get on with a listing or a file"
+        30.0,
+        gt=0,
+        le=3600,
+        description="seconds without progress after which a call to the adapters' storage is abandoned",
     )
     adapter_slots: int = Field(
         256, ge=1, description="adapter versions resident in the engine; each has a slot for each of its tasks"
     )
     adapter_blocks: Literal["ffn", "attention", "both"] = Field(
-        "both", description="blocks beside which adapters may have paths; adapters with others are refused"
+        "both",
+        description="blocks beside which adapters may have paths; adapters with paths beside other blocks are refused",
     )
     adapter_max_rank: int = Field(64, ge=1, le=512, description="largest rank of an adapter on a GPU")
     adapter_max_experts: int = Field(32, ge=1, le=256, description="most experts of an adapter on a GPU")
@@ -79,11 +86,14 @@ class Settings(BaseSettings):
         None, description="folder for copies of verified adapters; unset: the system's temporary folder"
     )
     adapter_cache_gib: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="GiB of such copies; a version beyond is refused; unset: no limit"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="GiB of such copies; a version that exceeds it is refused; unset: no limit",
     )
     max_adapter_mib: int = Field(1024, ge=1, le=4096, description="MiB of the largest adapter accepted")
     max_uploads: int = Field(
-        4, ge=0, description="unfinished uploads of adapters kept, for a day each; 0: no uploads are taken"
+        4, ge=0, description="unfinished uploads of adapters that are kept, for a day each; 0: uploads are refused"
     )
     verify_timeout_s: float = Field(60.0, ge=1, le=3600, description="seconds allowed to verify an adapter")
 
@@ -134,7 +144,7 @@ class Settings(BaseSettings):
     vision_max_num_seqs: int = Field(
         16,
         ge=1,
-        description="images in one step, of 112 x 112 pixels; on a CPU more are no faster, and keep others waiting",
+        description="images in one step, of 112 x 112 pixels; on a CPU, more are no faster and delay other images",
     )
     vision_max_size: int = Field(
         518, ge=8, le=1024, description="pixels of a side of the largest square that a task prepares its images to"
@@ -156,7 +166,10 @@ class Settings(BaseSettings):
         "set, a step of one engine takes half of the cores while the other engine works",
     )
     max_image_pixels: int = Field(
-        25_000_000, ge=1, le=1 << 28, description="pixels of the largest image, by its header; none is decoded beyond"
+        25_000_000,
+        ge=1,
+        le=1 << 28,
+        description="pixels of the largest image, by its header; larger ones are not decoded",
     )
     image_threads: int | None = Field(
         None, ge=1, le=256, description="threads that decode images; unset: half of the cores, 8 at most"
@@ -168,8 +181,8 @@ class Settings(BaseSettings):
     engine_max_failures: int = Field(
         3,
         ge=1,
-        description="engine failures within engine_failure_window_s that are mended; one more ends a server of one "
-        "engine",
+        description="engine failures within engine_failure_window_s after which the engine starts again; one more ends "
+        "a server of one engine",
     )
     engine_failure_window_s: float = Field(
         600.0, gt=0, allow_inf_nan=False, description="seconds; see engine_max_failures"
@@ -208,7 +221,8 @@ class Settings(BaseSettings):
     )
     tenants: Path | None = Field(
         None,
-        description="tenants file; unset: one open tenant, without keys or quotas, an admin if host is of this machine",
+        description="tenants file; unset: one open tenant, without keys or quotas, which is an admin if host is a "
+        "loopback address",
     )
     replicas: int | None = Field(
         None, ge=1, description="servers that share the quotas of a tenants file with `quotas: fleet`"
@@ -234,7 +248,10 @@ class Settings(BaseSettings):
     )
     max_connection_idle_s: float = Field(3600.0, ge=1, description="seconds until a connection without calls is closed")
     max_connection_age_s: float = Field(
-        3600.0, ge=1, le=86400, description="seconds until clients are told to connect anew, so that they spread out"
+        3600.0,
+        ge=1,
+        le=86400,
+        description="seconds until clients are asked to reconnect, so that they spread over servers",
     )
     max_connection_age_grace_s: float = Field(
         600.0, ge=1, le=86400, description="seconds that calls may go on after max_connection_age_s"
@@ -245,7 +262,12 @@ class Settings(BaseSettings):
     max_anonymous_calls: int = Field(
         256, ge=1, description="calls without a key (health, reflection) that one address may hold open"
     )
-    slow_reader_s: float = Field(30.0, gt=0, le=3600, description="seconds until a stream that nobody reads is ended")
+    slow_reader_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="seconds after which a stream is ended if its client does not read it",
+    )
 
     health_port: int | None = Field(
         None, ge=0, le=65535, description="port of a second listener, on host, for health checks alone; unset: none"
@@ -270,7 +292,8 @@ class Settings(BaseSettings):
     )
     usage_dir: Path | None = Field(
         None,
-        description="folder for each tenant's usage, one a server; unset: usage is counted in memory, budgets too",
+        description="folder for the usage of tenants, a separate one for each server; unset: usage and budgets are "
+        "counted in memory",
     )
 
     @field_validator("adapters", mode="before")

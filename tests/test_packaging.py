@@ -1,13 +1,14 @@
 """pyproject.toml names every package that the code imports, in the extra of the code that imports it."""
 
 import ast
-import re
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+
+from deploy.image import left_out
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -20,13 +21,9 @@ TRAINING = (
 )  # fmt: skip
 
 
-def normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", re.split(r"[\s\[;<>=!~]", name)[0]).lower()
-
-
 def declared(*extras: str) -> set[str]:
     names = [*PROJECT["dependencies"], *(name for extra in extras for name in PROJECT["optional-dependencies"][extra])]
-    return {normal(name) for name in names}
+    return {left_out.name(name) for name in names}
 
 
 def imported(folder: Path) -> dict[str, set[str]]:
@@ -57,7 +54,7 @@ def providers(module: str) -> set[str]:
         return {"opentelemetry-exporter-otlp-proto-grpc"}
     if module.startswith("opentelemetry"):
         return {"opentelemetry-sdk"}
-    return {normal(name) for name in DISTRIBUTIONS.get(top, [top])}
+    return {left_out.name(name) for name in DISTRIBUTIONS.get(top, [top])}
 
 
 @pytest.mark.parametrize(("folder", "extra"), [("server", "server"), ("loadtest", "loadtest"), ("mtlora", "train")])
@@ -82,15 +79,12 @@ def test_only_training_imports_the_training_extra() -> None:
 
 
 def test_the_images_keep_no_training_or_test_dependency() -> None:
-    kept = {
-        normal(line) for line in (ROOT / "requirements" / "cpu-server.txt").read_text().splitlines() if line[0] != "#"
-    }
+    kept = left_out.names((ROOT / "requirements" / "cpu-server.txt").read_text())
     assert declared("server") <= kept
     assert not kept & {"gguf", "matplotlib", "peft", "pytest", "mypy", "hypothesis", "hdrhistogram"}
 
 
 def test_the_lock_has_every_extra() -> None:
     for device in ("cpu", "gpu"):
-        lines = (ROOT / "requirements" / f"{device}.lock").read_text().splitlines()
-        locked = {normal(line) for line in lines if re.match(r"[a-zA-Z0-9]", line)}
+        locked = left_out.names((ROOT / "requirements" / f"{device}.lock").read_text())
         assert declared("server", "train", "loadtest", "dev") <= locked

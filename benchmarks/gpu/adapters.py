@@ -61,9 +61,9 @@ class Adapters:
         ]  # fmt: skip
         self.table.place(row, AdapterRows(self.blocks[row], layout=Layout.PADDED))
 
-    def plan_tokens(self, row_T: np.ndarray, padded_tokens: int | None = None) -> None:
+    def plan_tokens(self, row_T: np.ndarray) -> None:
         """Plan a step: the row of each token, -1 for none."""
-        size = tuning.tile_size(padded_tokens or len(row_T))
+        size = tuning.tile_size(len(row_T))
         plan = plan_step(row_T, np.full_like(row_T, -1), num_rows=self.table.num_rows, tile_size=size)
         self.plan.set(plan, self.table.counts_AC)
 

@@ -108,23 +108,24 @@ def _rotated(x_THE: torch.Tensor, cos_TE: torch.Tensor, sin_TE: torch.Tensor) ->
 class Decoder:
     """The decoder. `step` is a decode step of one token a sequence, or the prefill of one prompt.
 
-    layers: how many of the backbone's there are. context: positions of the KV cache in decode steps.
+    layers: how many of the backbone's there are.
     """
 
-    def __init__(
-        self, backbone: Backbone, layers: int, device: torch.device, dtype: torch.dtype = torch.bfloat16,
-        context: int = 256,
-    ) -> None:  # fmt: skip
-        self.backbone, self.device, self.dtype, self.context = backbone, device, dtype, context
+    dtype = torch.bfloat16
+    # Positions of the KV cache in decode steps.
+    context = 256
+
+    def __init__(self, backbone: Backbone, layers: int, device: torch.device) -> None:
+        self.backbone, self.device = backbone, device
         D, wide = backbone.hidden, backbone.intermediate
 
         def weight(rows: int, columns: int) -> torch.Tensor:
-            return (torch.randn(rows, columns, device=device) / columns**0.5).to(dtype)
+            return (torch.randn(rows, columns, device=device) / columns**0.5).to(self.dtype)
 
         self.layers = [
             Layer(
-                torch.ones(D, device=device, dtype=dtype), weight(backbone.qkv, D),
-                weight(D, backbone.heads * backbone.head), torch.ones(D, device=device, dtype=dtype),
+                torch.ones(D, device=device, dtype=self.dtype), weight(backbone.qkv, D),
+                weight(D, backbone.heads * backbone.head), torch.ones(D, device=device, dtype=self.dtype),
                 weight(2 * wide, D), weight(D, wide), torch.tensor(number),
             )
             for number in range(layers)

@@ -123,9 +123,7 @@ def _config(backbone: Backbone, card: Card) -> KernelConfig:
     )  # fmt: skip
 
 
-def backbone_seconds(
-    backbone: Backbone, card: Card, tokens: int, outputs: int, by: Assumptions = ASSUMED, ranks: int = 1
-) -> float:
+def backbone_seconds(backbone: Backbone, card: Card, tokens: int, outputs: int, by: Assumptions, ranks: int) -> float:
     """A step of the backbone alone, split over `ranks`, whose output layer computes `outputs` rows."""
     memory, operations = card.memory * by.memory_share, card.operations * by.operations_share
 
@@ -138,7 +136,7 @@ def backbone_seconds(
 
 
 def launch_seconds(
-    done: Work, code: Assembly, card: Card, config: KernelConfig, operations: int, by: Assumptions = ASSUMED
+    done: Work, code: Assembly, card: Card, config: KernelConfig, operations: int, by: Assumptions
 ) -> tuple[float, float]:  # fmt: skip
     """(all of a launch, the part of it that a side stream cannot hide). operations: multiplications and additions."""
     at_once = min(done.items, card.num_sms * min(code.programs, tuning.num_programs(config) // card.num_sms))

@@ -48,9 +48,9 @@ def interleaved(variants: Mapping[str, tuple[Run, Run]], rounds: int) -> dict[st
     return seconds
 
 
-def median_seconds(run: Run, rounds: int = 10) -> float:
-    """Median seconds of `run`."""
-    return statistics.median(interleaved({"": (lambda: None, run)}, rounds)[""])
+def median_seconds(run: Run) -> float:
+    """Median seconds of `run` over ten rounds."""
+    return statistics.median(interleaved({"": (lambda: None, run)}, 10)[""])
 
 
 def ceilings() -> Ceilings:

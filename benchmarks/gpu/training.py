@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.gpu.timing import median_seconds
-from benchmarks.ops import TrainingSizes, training_variants
+from benchmarks.ops.layer import TrainingSizes, training_variants
 
 LLAMA = TrainingSizes(T=2048, D=4096, r=16, N=16, G=2)
 

@@ -1,1 +1,1 @@
-"""Shared by benchmarks and fault scenarios: workers, servers, load loops, adapters, measurement of processes."""
+"""What benchmarks, fault scenarios and checks of the deployment share: workers, servers, load loops, adapters."""

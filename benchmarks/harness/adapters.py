@@ -1,8 +1,8 @@
-"""Adapters for measurements and tests: random ones, and changed copies of a given one."""
+"""Random adapters for measurements and tests."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +17,12 @@ from mtlora.checkpoint.format import (
     TaskEntry,
     format_version,
 )
-from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.vision.image_input import ImageInput
 
+# Name, id and path of a `LoRARequest`.
+Slot = tuple[str, int, str]
 CONFIG = MtLoRAConfig(r=16, num_experts=8, num_groups=4)
 PEFT_RANK = 16
 _SCALE = 0.02
@@ -35,9 +36,9 @@ def random_tasks(number: int, *, max_new_tokens: int = 32) -> tuple[TaskEntry, .
     )
 
 
-def random_image_tasks(number: int, *, size: int = 112, classes: int = 10) -> tuple[TaskEntry, ...]:
-    """Tasks `task-0`, `task-1`, ... of images."""
-    labels, image = tuple(f"class {i}" for i in range(classes)), ImageInput(size=size)
+def random_image_tasks(number: int, *, size: int) -> tuple[TaskEntry, ...]:
+    """Tasks `task-0`, `task-1`, ... of images, with ten classes each."""
+    labels, image = tuple(f"class {i}" for i in range(10)), ImageInput(size=size)
     return tuple(
         TaskEntry(id=f"task-{i}", description="random", allowed_answers=labels, image=image, bias_index=i)
         for i in range(number)
@@ -95,17 +96,16 @@ def link_adapter(source: Path, folder: Path) -> None:
         os.link(source / name, folder / name)
 
 
-def write_scaled_adapter(source: Path, folder: Path, factor: float) -> None:
-    """Write a copy of an adapter whose output is scaled."""
-    checkpoint = read_checkpoint(source)
-    manifest = checkpoint.manifest
-    write_checkpoint(
-        folder,
-        backbone=manifest.backbone,
-        config=manifest.config,
-        tasks=manifest.tasks,
-        tensors={n: t * factor if n.endswith("lora_B") else t for n, t in checkpoint.tensors.items()},
-    )
+def task_slots(folder: Path, number: int, ids: Iterator[int]) -> list[Slot]:
+    """The slots of the tasks `task-0`, `task-1`, ... of an adapter."""
+    return [(f"{folder.name}#task-{i}", next(ids), f"{folder}#task-{i}") for i in range(number)]
+
+
+def write_random_pefts(folder: Path, number: int, config: Mapping[str, int]) -> list[Slot]:
+    """`write_random_peft` for `peft-0`, `peft-1`, ...; returns their slots."""
+    for i in range(number):
+        write_random_peft(folder / f"peft-{i}", config, seed=i)
+    return [(f"peft-{i}", i + 1, str(folder / f"peft-{i}")) for i in range(number)]
 
 
 def write_random_peft(folder: Path, config: Mapping[str, int], *, seed: int) -> None:

@@ -1,6 +1,8 @@
-"""Environment variables of a process that runs an engine."""
+"""Environment variables and cores of a process that runs an engine."""
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 
 from mtlora.vllm_cpu.memory import memory_environment
 
@@ -8,6 +10,17 @@ from mtlora.vllm_cpu.memory import memory_environment
 def usable_cores() -> list[int]:
     """Numbers of the cores that this process may use."""
     return sorted(os.sched_getaffinity(0))
+
+
+@contextlib.contextmanager
+def on_cores(cores: Sequence[int]) -> Iterator[None]:
+    """Run on some cores: a process that is started meanwhile inherits them."""
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, every)
 
 
 def engine_environment(kv_cache_gib: float = 1.0) -> dict[str, str]:

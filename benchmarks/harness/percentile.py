@@ -11,11 +11,6 @@ def p99(values: Sequence[float]) -> float:
     return float(np.percentile(values, 99, method="higher"))
 
 
-def p99_name(values: Sequence[float]) -> str:
-    """The name of the result of `p99`, which is the maximum for up to a hundred values."""
-    return "p99" if len(values) > 100 else "slowest"
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """The median, minimum and maximum of some values."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -18,6 +18,8 @@ from benchmarks.harness.ports import free_port
 from benchmarks.harness.waiting import wait_until
 from server.cli.process import flags
 
+_START_TIMEOUT_S = 300.0
+
 
 @dataclass(frozen=True)
 class VllmServer:
@@ -28,9 +30,7 @@ class VllmServer:
 
 
 @contextlib.contextmanager
-def vllm_server(
-    backbone: Path, modules: Mapping[str, Path], *, timeout_s: float = 300.0, **settings: Any
-) -> Iterator[VllmServer]:
+def vllm_server(backbone: Path, modules: Mapping[str, Path], **settings: Any) -> Iterator[VllmServer]:
     """Start what `vllm serve` starts, on a free loopback port, and wait until it is ready. Raises RuntimeError.
 
     modules: an adapter's folder by the id of the task that it answers. settings: vLLM's own.
@@ -50,7 +50,7 @@ def vllm_server(
             command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         ) as process,
     ):
-        wait_until(lambda: process.poll() is not None or _is_healthy(url), timeout_s, every_s=0.2)
+        wait_until(lambda: process.poll() is not None or _is_healthy(url), _START_TIMEOUT_S, every_s=0.2)
         if process.poll() is not None:
             raise RuntimeError(f"vLLM's server ended:\n{Path(log.name).read_text(errors='replace')[-4000:]}")
         yield VllmServer(url, process.pid)

@@ -1,6 +1,5 @@
 """Waiting for a condition."""
 
-import asyncio
 import time
 from collections.abc import Callable
 
@@ -12,10 +11,3 @@ def wait_until(condition: Callable[[], object], timeout_s: float, *, every_s: fl
         if time.monotonic() > until:
             raise TimeoutError(f"not true after {timeout_s:g} s")
         time.sleep(every_s)
-
-
-async def eventually(condition: Callable[[], object], timeout_s: float = 5.0, *, every_s: float = 0.01) -> None:
-    """Asynchronous `wait_until`. Raises TimeoutError."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(every_s)

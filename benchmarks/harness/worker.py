@@ -7,7 +7,7 @@ A worker is a module that ends in
 
 and is used by
 
-    with WorkerProcess("benchmarks.engine_worker", settings) as worker:
+    with WorkerProcess("benchmarks.engine.worker", settings) as worker:
         reply = worker.ask({...})
 """
 
@@ -29,6 +29,8 @@ Message = dict[str, Any]
 Handle = Callable[[Message], Message]
 
 _LOG_CHARS = 4000
+# For the start, and for each reply.
+_TIMEOUT_S = 600.0
 
 
 class WorkerFailedError(RuntimeError):
@@ -39,21 +41,12 @@ class WorkerProcess:
     """`python -m MODULE SETTINGS` with additions to the environment. Entering waits until the worker is ready.
 
     The worker and everything that it starts end with this process, even if SIGKILL ends it.
-    timeout_s: for the start, and for each reply.
     """
 
-    def __init__(
-        self,
-        module: str,
-        settings: Mapping[str, Any],
-        environment: Mapping[str, str] | None = None,
-        *,
-        timeout_s: float = 600.0,
-    ) -> None:
+    def __init__(self, module: str, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
         self._module = module
         self._settings = settings
         self._environment = environment or {}
-        self._timeout_s = timeout_s
         self._lines: queue.Queue[str | None] = queue.Queue()
 
     def __enter__(self) -> Self:
@@ -94,9 +87,9 @@ class WorkerProcess:
 
     def _reply(self) -> Message:
         try:
-            line = self._lines.get(timeout=self._timeout_s)
+            line = self._lines.get(timeout=_TIMEOUT_S)
         except queue.Empty:
-            raise WorkerFailedError(f"{self._module}: no reply in {self._timeout_s:g} s\n{self._log_end()}") from None
+            raise WorkerFailedError(f"{self._module}: no reply in {_TIMEOUT_S:g} s\n{self._log_end()}") from None
         if line is None:
             raise WorkerFailedError(f"{self._module}: ended with status {self._process.wait()}\n{self._log_end()}")
         return dict(json.loads(line))

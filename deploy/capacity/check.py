@@ -8,7 +8,6 @@ lengths for that loop come only from the calibration.
 import asyncio
 import contextlib
 import itertools
-import os
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness.asking import closed_loop, open_loop
+from benchmarks.harness.environment import on_cores, usable_cores
 from benchmarks.harness.native_server import native_server
 from deploy.capacity import CapacityError
 from deploy.capacity.result import Answered, Level
@@ -50,7 +50,7 @@ class Comparison:
 
 def check(*, adapters: Path, seconds: float, utilisation: float, seed: int) -> Comparison:
     """Start two servers, calibrate, load, simulate. Raises ServerFailedError if a server does not start."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = usable_cores()
     if len(cores) < 2:
         raise CapacityError(f"found {len(cores)} core; two servers need one each")
     with _server(adapters, cores[0]) as first, _server(adapters, cores[1]) as second:
@@ -175,17 +175,12 @@ def _examples(address: str) -> list[Example]:
 @contextlib.contextmanager
 def _server(adapters: Path, core: int) -> Iterator[str]:
     """The address of a server that runs on one core."""
-    usable = os.sched_getaffinity(0)
     with contextlib.ExitStack() as stack:
-        # Set this process's cores, which the server inherits.
-        os.sched_setaffinity(0, {core})
-        try:
+        with on_cores([core]):
             server = stack.enter_context(
                 native_server(
                     adapters=adapters, kv_cache_gib=0.25, omp_threads_bind=core, enable_prefix_caching=False,
                     log_level="error", timeout=_START_TIMEOUT_S,
                 )
             )  # fmt: skip
-        finally:
-            os.sched_setaffinity(0, usable)
         yield server.address

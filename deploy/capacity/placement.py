@@ -42,7 +42,6 @@ def compare(
     replicas: Sequence[int] = REPLICAS,
     adapters: Sequence[int] = ADAPTERS,
     *,
-    max_resident: int = RESIDENT,
     seconds: float = _SECONDS,
 ) -> Iterator[Row]:
     """Simulate every fleet. The adapters' popularity follows Zipf's law."""
@@ -51,7 +50,7 @@ def compare(
     routers: tuple[Callable[[int, int], Router], ...] = (
         lambda count, _: RoundRobin(count),
         lambda count, number: AdapterAware(count, adapters=number, slack=by.slack, floor=by.floor),
-        lambda count, _: EndpointPicker(count),
+        lambda count, _: EndpointPicker(),
     )
     for count in replicas:
         rate = UTILISATION * count * model.saturated_rate(prompt, completion)
@@ -60,7 +59,7 @@ def compare(
                 simulate(
                     poisson(rate, seconds, tasks=number, adapters=number, lengths=LENGTHS), count, model,
                     router(count, number),
-                    memory=Memory(max_resident, LOAD_SECONDS), warm_up=seconds * _WARM_UP / _SECONDS,
+                    memory=Memory(RESIDENT, LOAD_SECONDS), warm_up=seconds * _WARM_UP / _SECONDS,
                 )
                 for router in routers
             ]  # fmt: skip
@@ -76,18 +75,22 @@ def page(rows: Iterator[Row], command: str) -> str:
     lines = [
         "# Adapters placed over replicas",
         "",
-        f"Made by `{command}` on {time.strftime('%Y-%m-%d')}: the service model of [capacity](capacity.md), simulated, "
-        f"with {UTILISATION:.0%} of what the replicas can answer. A replica holds {RESIDENT} adapters; a step waits "
-        f"{LOAD_SECONDS:g} s for another. Adapters' popularity follows a Zipf law; figures are of the second half of "
-        f"{_SECONDS:g} s, from a cold start. Placed: `AsyncClient(..., placement=Placement())`, one client for all. "
-        "Picker: the scores and weights of overlay inference-pool's endpoint picker, on metrics up to 50 ms old.",
+        f"Made by `{command}` on {time.strftime('%Y-%m-%d')}.",
+        f"The page simulates the service model of [capacity](capacity.md) with {UTILISATION:.0%} of the replicas'",
+        f"greatest throughput. A replica holds {RESIDENT} adapters. A step waits {LOAD_SECONDS:g} s for another one.",
+        "The popularity of adapters follows a Zipf law. The figures cover the second half of "
+        f"{_SECONDS:g} s, from a cold start.",
+        "",
+        "- *Placed*: `AsyncClient(..., placement=Placement())`, one client for all requests.",
+        "- *Picker*: the scores and weights of overlay inference-pool's endpoint picker, with metrics up to 50 ms old.",
         "",
     ]
     if above:
         lines += [
-            "Placement is for more adapters than a replica holds. With fewer, it saves little and gathers popular "
-            f"adapters' calls on few replicas: there its p99 TTFT is {min(above):.1f} to {max(above):.1f} times round "
-            "robin's.",
+            "Use placement if there are more adapters than a replica holds. With fewer, it saves little and sends the",
+            "calls of popular adapters to few replicas: its p99 TTFT is then "
+            f"{min(above):.1f} to {max(above):.1f} times that of",
+            "round robin.",
             "",
         ]
     lines += [

@@ -25,13 +25,18 @@ def report(
     lines = [
         "# Capacity",
         "",
-        f"Made by `{command}` on {time.strftime('%Y-%m-%d')}. Requests have {prompt:.0f} prompt tokens and "
-        f"{completion:.0f} generated ones on average, as in those results; the tasks' popularity follows a Zipf law.",
+        f"Made by `{command}` on {time.strftime('%Y-%m-%d')}.",
+        f"Requests have {prompt:.0f} prompt tokens and {completion:.0f} generated tokens on average, as in those",
+        "results.",
+        "The popularity of tasks follows a Zipf law.",
         "",
         "## The service model",
         "",
-        "A step of one replica costs `base + per_sequence · sequences + per_prompt_token · prompt tokens + per_adapter "
-        "· distinct adapters`. The measured server" + (", on a single core:" if comparison else ":"),
+        "A step of one replica takes",
+        "",
+        "    base + per_sequence · sequences + per_prompt_token · prompt tokens + per_adapter · distinct adapters",
+        "",
+        "The measured server" + (", on a single core:" if comparison else ":"),
         "",
         "| base | a sequence | a prompt token | a request, outside the engine | most requests/s |",
         "| --- | --- | --- | --- | --- |",
@@ -42,9 +47,9 @@ def report(
         *(compared(comparison) if comparison else ()),
         "## Plans",
         "",
-        "The fewest replicas of that server whose p95 time to first token is at most 1 s, adapter-aware routing. A "
-        f"replica has {MEMORY_GIB:g} GiB; a step waits {LOAD_SECONDS:g} s for an adapter that is not in memory. "
-        "Another machine needs a load test of its own (`fit`, then `plan --model`).",
+        "The table gives the fewest replicas of that server with a p95 time to first token of at most 1 s and",
+        f"adapter-aware routing. A replica has {MEMORY_GIB:g} GiB. A step waits {LOAD_SECONDS:g} s for an adapter that",
+        "is not in memory. For another machine, make a load test there (`fit`, then `plan --model`).",
         "",
         "| tasks T | adapters A | requests/s R | replicas | slots | memory a replica, GiB | adapters in memory "
         "| p95 TTFT, ms |",
@@ -66,8 +71,10 @@ def compared(comparison: Mapping[str, Any]) -> list[str]:
     """Lines of the document that compare two real servers with the simulation."""
     (measured, modelled), (p95, simulated_p95) = comparison["saturated"], comparison["p95_s"]
     return [
-        f"Two such servers, a core each, full and held out of the fit, answered {measured:.1f} requests/s, by the "
-        f"model {modelled:.1f}. They were then offered {comparison['rate']:.1f} requests/s, round robin: p95 end to "
-        f"end was {p95:.2f} s, in the simulation {simulated_p95:.2f} s.",
+        f"Two such servers with one core each, at full load, answered {measured:.1f} requests/s, by the model "
+        f"{modelled:.1f}.",
+        "The fit did not use these servers. A load of "
+        f"{comparison['rate']:.1f} requests/s was then sent round robin: p95 end to end was",
+        f"{p95:.2f} s, in the simulation {simulated_p95:.2f} s.",
         "",
     ]

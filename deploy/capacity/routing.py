@@ -66,12 +66,12 @@ class AdapterAware:
 class EndpointPicker:
     """Overlay inference-pool's endpoint picker: weighted scores of metrics that are up to 50 ms old."""
 
-    def __init__(self, replicas: int, seed: int = 0) -> None:
+    def __init__(self) -> None:
         config = yaml.safe_load((OVERLAYS / "inference-pool" / PICKER).read_text())
         weights = {each["pluginRef"]: each.get("weight", 0) for each in config["schedulingProfiles"][0]["plugins"]}
         self._affinity = weights["lora-affinity-scorer"]
         self._queue, self._cache = weights["queue-scorer"], weights["kv-cache-utilization-scorer"]
-        self._random = random.Random(seed)
+        self._random = random.Random(0)
         self._next = 0.0
         # Per replica: adapters, score without the adapter, score of its load.
         self._seen: list[tuple[set[int], float, float]] = []

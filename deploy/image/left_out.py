@@ -29,7 +29,7 @@ def packages(device: str) -> Reasons:
 
 def names(requirements: str) -> set[str]:
     """The distributions that a requirements file names."""
-    return {_name(entry) for entry in _entries(requirements)}
+    return {name(entry) for entry in _entries(requirements)}
 
 
 def lines(requirements: str) -> list[str]:
@@ -41,7 +41,7 @@ def server_lock(device: str) -> str:
     """The entries of requirements/DEVICE.lock, hashes included, that a server's image needs."""
     folder = ROOT / "requirements"
     wanted = names((folder / f"{device}-server.txt").read_text()) - packages(device).keys()
-    return "".join(entry for entry in _entries((folder / f"{device}.lock").read_text()) if _name(entry) in wanted)
+    return "".join(entry for entry in _entries((folder / f"{device}.lock").read_text()) if name(entry) in wanted)
 
 
 def remove(site_packages: Path) -> None:
@@ -66,12 +66,13 @@ def table(device: str) -> str:
     )
 
 
+def name(entry: str) -> str:
+    """The distribution that a requirement names, as package indexes compare names."""
+    return re.sub(r"[-_.]+", "-", _NAME.match(entry)[0]).lower()  # type: ignore[index]
+
+
 def _entries(requirements: str) -> list[str]:
     return [entry for entry in _ENTRY.split(requirements) if _NAME.match(entry)]
-
-
-def _name(entry: str) -> str:
-    return re.sub(r"[-_.]+", "-", _NAME.match(entry)[0]).lower()  # type: ignore[index]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import statistics
 import threading
@@ -16,6 +15,7 @@ from typing import Any
 import grpc
 
 from benchmarks.harness.asking import closed_loop
+from benchmarks.harness.environment import on_cores, usable_cores
 from benchmarks.harness.native_server import native_server
 from deploy.pod.pod import Pod, PodError, quantity
 from deploy.pod.refusals import wrong_ends
@@ -29,6 +29,8 @@ from server.cli.process import ServerProcess
 START_GOAL_S = 25.0
 THROUGHPUT_GOAL = 0.98
 _IN_FLIGHT = 32
+# Rounds of the throughput check.
+_ROUNDS = 5
 # Streams that are open when the pod is deleted, and their tokens.
 _STREAMS = 8
 _TOKENS = 300
@@ -122,7 +124,7 @@ class Checks:
         cores_allowed = self.pod.processor_limit()
         killed = self.pod.inspect()["State"]["OOMKilled"]
         # If the machine has fewer cores than the limit, check only the limit's value.
-        more = "" if len(os.sched_getaffinity(0)) > cores else ", and the machine has no more"
+        more = "" if len(usable_cores()) > cores else ", and the machine has no more"
         self._found = {
             "memory": (
                 bytes_allowed == memory and not killed,
@@ -231,7 +233,7 @@ class Checks:
             "memory, adapters, tenants, a writable volume, a taken port, another processor: one line each, status not 0"
         )
 
-    def throughput(self, rounds: int = 5) -> str:
+    def throughput(self) -> str:
         """Requests a second in the container ÷ outside of it: same settings, TLS, tenants and cores, in turn."""
         examples = questions(8)
         with self._server_outside() as server:
@@ -239,13 +241,13 @@ class Checks:
             for address in places:
                 self._rate(address, examples)
             ratios = []
-            for number in range(rounds):
+            for number in range(_ROUNDS):
                 # The order changes from round to round.
                 order = places[:: -1 if number % 2 else 1]
                 rates = {address: self._rate(address, examples) for address in order}
                 ratios.append(rates[self.pod.address] / rates[server.address])
         ratio = statistics.median(ratios)
-        line = f"{ratio:.3f} of the requests a second outside, median of {rounds} (at least {THROUGHPUT_GOAL})"
+        line = f"{ratio:.3f} of the requests a second outside, median of {_ROUNDS} (at least {THROUGHPUT_GOAL})"
         expect(ratio >= THROUGHPUT_GOAL, line)
         return line
 
@@ -260,14 +262,10 @@ class Checks:
             "tls_certificate": self.pod.volume("mtlora-tls") / "tls.crt",
             "tls_key": self.pod.volume("mtlora-tls") / "tls.key",
         }
-        every = os.sched_getaffinity(0)
         with contextlib.ExitStack() as stack:
-            # The server inherits the cores; the clients keep all.
-            os.sched_setaffinity(0, sorted(every)[: self._cores()])
-            try:
+            # The clients keep all cores.
+            with on_cores(usable_cores()[: self._cores()]):
                 server = stack.enter_context(native_server(**settings))
-            finally:
-                os.sched_setaffinity(0, every)
             yield server
 
     def _rate(self, address: str, examples: Sequence[Example]) -> float:
@@ -277,7 +275,7 @@ class Checks:
 
     def _cores(self) -> int:
         """Cores that the pod's server computes on."""
-        return min(int(quantity(self.pod.server["resources"]["limits"]["cpu"])), len(os.sched_getaffinity(0)))
+        return min(int(quantity(self.pod.server["resources"]["limits"]["cpu"])), len(usable_cores()))
 
     def _client(self, tenant: str = "acme", **options: Any) -> Client:
         return Client(self.pod.address, self.pod.access(tenant), **options)

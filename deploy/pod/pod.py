@@ -3,13 +3,11 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,14 @@ import grpc
 import psutil
 import yaml
 
+from benchmarks.harness.ports import free_port
+from benchmarks.harness.processes import process_tree
+from benchmarks.harness.tenants import tenant
 from deploy import manifests
 from deploy.image.engines import podman
 from mtlora.client import Access
 from mtlora.control_group import cpu_cores
 from server.probe import health
-from server.tenants.keys import new_key
 
 FOLDER = Path(__file__).parent
 POD = "mtlora-pod"
@@ -53,26 +53,13 @@ class PodError(RuntimeError):
     """Podman refused, or the pod did not get there in time; the message has the end of its log."""
 
 
-@dataclass(frozen=True)
-class Tenant:
-    """A tenant of the pod, with its key and its entry in the tenants file."""
-
-    key: str
-    entry: dict[str, Any]
-
-    @classmethod
-    def made(cls, name: str, **rights: Any) -> "Tenant":
-        key, key_id, digest = new_key()
-        return cls(key, {"id": name, "api_keys": [{"id": key_id, "hash": digest}], **rights})
-
-
 class Pod:
     """Overlay cpu's pod in `folder`. `play` it, then `wait_serving`; `delete` keeps its volumes, `remove` does not."""
 
     def __init__(self, folder: Path, adapters: Path) -> None:
         self._file = folder / "pod.yaml"
         self._folder = folder
-        self.tenants = {"acme": Tenant.made("acme"), "operator": Tenant.made("operator", admin=True)}
+        self.tenants = {"acme": tenant("acme"), "operator": tenant("operator", admin=True)}
         self.documents = [*manifests.build(FOLDER), *self._secrets()]
         (self.deployment,) = (each for each in self.documents if each["kind"] == "Deployment")
         self.spec: dict[str, Any] = self.deployment["spec"]["template"]["spec"]
@@ -94,9 +81,10 @@ class Pod:
     def address(self) -> str:
         return f"127.0.0.1:{self.ports['grpc']}"
 
-    def access(self, tenant: str) -> Access:
+    def access(self, name: str) -> Access:
         """A tenant's key, over TLS."""
-        return Access(self.tenants[tenant].key, ca=self._folder / "tls.crt", server_name=_SERVER_NAME)
+        key, _ = self.tenants[name]
+        return Access(key, ca=self._folder / "tls.crt", server_name=_SERVER_NAME)
 
     # Methods that start and stop the pod.
 
@@ -120,9 +108,9 @@ class Pod:
         except grpc.RpcError:
             return False
 
-    def wait_serving(self, timeout: float = 300.0) -> float:
+    def wait_serving(self) -> float:
         """Wait for the readiness probe; returns the `time.monotonic` at which it passed. Raises PodError."""
-        return self.wait(self.serving, "it does not serve", timeout)
+        return self.wait(self.serving, "it does not serve", timeout=300.0)
 
     def wait(self, condition: Callable[[], bool], problem: str, timeout: float = 60.0) -> float:
         """Wait for a condition; returns the `time.monotonic` at which it held. Raises PodError."""
@@ -201,8 +189,7 @@ class Pod:
 
     def processes(self) -> list[psutil.Process]:
         """The container's processes, as this machine sees them."""
-        root = psutil.Process(self.inspect()["State"]["Pid"])
-        return [root, *root.children(recursive=True)]
+        return process_tree(self.inspect()["State"]["Pid"])
 
     def engine(self) -> psutil.Process:
         """The engine's process: the one with the most memory."""
@@ -210,11 +197,11 @@ class Pod:
 
     def memory_peak(self) -> float:
         """Bytes of the container's control group at their most."""
-        return self._control("memory", "memory.peak", "memory.max_usage_in_bytes")
+        return self._memory("memory.peak", "memory.max_usage_in_bytes")
 
     def memory_limit(self) -> float:
         """Bytes that the container's control group may take."""
-        return self._control("memory", "memory.max", "memory.limit_in_bytes")
+        return self._memory("memory.max", "memory.limit_in_bytes")
 
     def processor_limit(self) -> float:
         """Cores that the container's control group may use."""
@@ -228,8 +215,8 @@ class Pod:
         stat = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
         return int(stat["usage_usec"]) / 1e6
 
-    def _control(self, controller: str, *names: str) -> float:
-        files = [self._group(controller) / name for name in names]
+    def _memory(self, *names: str) -> float:
+        files = [self._group("memory") / name for name in names]
         text = next(file for file in files if file.exists()).read_text().strip()
         return math.inf if text == "max" else float(text)
 
@@ -261,7 +248,7 @@ class Pod:
         return [each["secret"]["secretName"] for each in self.spec["volumes"] if "secret" in each]
 
     def _tenants(self, names: Sequence[str]) -> str:
-        return yaml.safe_dump({"tenants": [self.tenants[name].entry for name in names]})
+        return yaml.safe_dump({"tenants": [self.tenants[name][1] for name in names]})
 
     def _exists(self, name: str, kind: str = "volume") -> bool:
         return subprocess.run([*podman(), kind, "exists", name], capture_output=True).returncode == 0
@@ -302,13 +289,6 @@ class Kubelet(threading.Thread):
             self.passed += passes
             in_a_row = 0 if passes else in_a_row + 1
         return True
-
-
-def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def run(*arguments: str, timeout: float = 180.0) -> str:

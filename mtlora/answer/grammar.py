@@ -38,7 +38,7 @@ def parse(text: str) -> Expression:
         kind = match.lastgroup
         if kind == "rule":
             if match["rule"] in rules:
-                raise AnswerError(f"grammar: rule {match['rule']} is there twice")
+                raise AnswerError(f"grammar: rule {match['rule']} is defined twice")
             current = rules[match["rule"]] = []
         elif kind:
             if current is None:
@@ -93,7 +93,7 @@ class _Reader:
                 parts.append(inner)
             elif kind == "mark":
                 if not parts:
-                    raise AnswerError(f"grammar: rule {self._inside[-1]}: nothing stands before {token!r}")
+                    raise AnswerError(f"grammar: rule {self._inside[-1]}: found nothing before {token!r}")
                 parts[-1] = _repeated(parts[-1], token)
             elif kind == "name":
                 parts.append(self.rule(token))

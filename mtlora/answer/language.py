@@ -97,7 +97,7 @@ def either(options: Iterable[Expression]) -> Expression:
     """One of the options. Raises AnswerError without any."""
     found = tuple(dict.fromkeys(options))
     if not found:
-        raise AnswerError("allows no answer")
+        raise AnswerError("matches no answer")
     return found[0] if len(found) == 1 else Either(found)
 
 
@@ -130,7 +130,7 @@ def chars(ranges: Iterable[tuple[int, int]]) -> Chars:
         else:
             merged.append((low, high))
     if not merged:
-        raise AnswerError("has a class without any character")
+        raise AnswerError("has an empty character class")
     return Chars(tuple(merged))
 
 
@@ -336,7 +336,7 @@ class Automaton:
     def _build_anew(self, expression: Expression, end: int) -> int:
         self._work += 1
         if self._work > 4 * self.limit:
-            raise AnswerError("repeats what is empty too often")
+            raise AnswerError("repeats an empty expression too often")
         match expression:
             case Chars(ranges=ranges):
                 return self._chars(ranges, end)

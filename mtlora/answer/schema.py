@@ -62,12 +62,12 @@ def parse(text: str) -> Expression:
     try:
         schema = json.loads(text, parse_float=Decimal, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise AnswerError(f"json: no JSON: {error}") from None
+        raise AnswerError(f"json: not JSON: {error}") from None
     return _Reader(schema).value(schema, "$", ())
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 class _Reader:
@@ -314,7 +314,7 @@ def _decimal(value: Any) -> float:
         if not isfinite(found := float(value)):
             raise AnswerError(f"json: found {value}; allowed: numbers that a double holds")
         return found
-    raise TypeError(f"{value!r} is no JSON")
+    raise TypeError(f"{value!r} is not JSON")
 
 
 def _shown(value: Any) -> str:

@@ -45,7 +45,7 @@ class _Answer(BaseModel):
     def value(self, text: str) -> Value:
         """The value of an answer's text. Raises AnswerError for a text that is not of this type."""
         if not self.check(text):
-            raise AnswerError(f"{text[:80]!r} is no answer of this type")
+            raise AnswerError(f"{text[:80]!r} is not an answer of this type")
         return self._value(text.strip())
 
     def _value(self, text: str) -> Value:
@@ -79,7 +79,7 @@ class Label(_Answer):
         if len(set(labels)) != len(labels) or "" in labels:
             raise ValueError("labels must be distinct and not empty")
         if blank := next((label for label in labels if label != label.strip()), None):
-            raise ValueError(f"{blank!r} has outer blanks")
+            raise ValueError(f"{blank!r} begins or ends with a blank")
         if (found := sum(map(len, labels))) > MAX_LABEL_CHARACTERS:
             raise ValueError(f"found {found} characters in all; allowed: {MAX_LABEL_CHARACTERS}")
         return labels

@@ -101,7 +101,7 @@ def check_replaceable(folder: Path) -> None:
         raise CheckpointError(f"{folder}: expected a folder or nothing, found a file")
     if others := sorted({path.name for path in folder.iterdir()} - {MANIFEST_FILE, TENSORS_FILE}):
         raise CheckpointError(
-            f"{folder}: not replaced: holds {others[0]!r}, which is no checkpoint file{and_more(others)}"
+            f"{folder}: not replaced: holds {others[0]!r}, which is not a checkpoint file{and_more(others)}"
         )
 
 

@@ -3,13 +3,14 @@
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtlora.cli.backbone import add_backbone_argument
 from mtlora.cli.connection import access_from, add_access_arguments
-from mtlora.cli.evaluate import print_scores
 from mtlora.cli.output import print_fields, print_json, print_table
+from mtlora.cli.scores import print_scores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,15 +84,14 @@ def _inspect(args: argparse.Namespace) -> int:
             **({"projector": manifest.projector.model_dump()} if manifest.projector else {}),
         },
     )
-    of_kind = ("size", "resize", "pooling", "classes") if manifest.images else ("max new tokens", "stop", "answers")
-    print_table(
-        f"{len(manifest.tasks)} tasks",
-        ("task", "bias index", *of_kind, "description"),
-        [
-            (task.id, "–" if task.bias_index is None else task.bias_index, *_shown(task), task.description)
-            for task in manifest.tasks
-        ],
-    )
+    cells: dict[str, Callable[[Any], object]] = {
+        "task": lambda task: task.id,
+        "bias index": lambda task: "–" if task.bias_index is None else task.bias_index,
+        **(_IMAGE_CELLS if manifest.images else _TEXT_CELLS),
+        "description": lambda task: task.description,
+    }
+    rows = [[cell(task) for cell in cells.values()] for task in manifest.tasks]
+    print_table(f"{len(manifest.tasks)} tasks", list(cells), rows)
     if documents := {task.id: repr(task.document_template) for task in manifest.tasks if task.document_template}:
         print_fields("document parts", documents)
     if manifest.training:
@@ -104,14 +104,24 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shown(task: "TaskSpec") -> tuple[object, ...]:
-    """The table cells of an image task or a text task."""
-    if task.image is not None:
-        return f"{task.image.size} px", task.image.resize, task.image.pooling, len(task.labels or ())
-    answers: str = "any" if task.answer_type is None else task.answer_type.type
+def _answers(task: "TaskSpec") -> str:
     if task.labels:
-        answers = f"{len(task.labels)} labels"
-    return task.max_new_tokens, " ".join(map(repr, task.stop)) or "–", answers
+        return f"{len(task.labels)} labels"
+    return "any" if task.answer_type is None else task.answer_type.type
+
+
+# Columns of the table of tasks, by their heading, for tasks of texts and of images.
+_TEXT_CELLS: dict[str, Callable[[Any], object]] = {
+    "max new tokens": lambda task: task.max_new_tokens,
+    "stop": lambda task: " ".join(map(repr, task.stop)) or "–",
+    "answers": _answers,
+}
+_IMAGE_CELLS: dict[str, Callable[[Any], object]] = {
+    "size": lambda task: f"{task.image.size} px",
+    "resize": lambda task: task.image.resize,
+    "pooling": lambda task: task.image.pooling,
+    "classes": lambda task: len(task.labels),
+}
 
 
 def _verify(args: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ def _merge(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mtlora.backbone import identify, resolve
     from mtlora.checkpoint.read import read_checkpoint
-    from mtlora.cli.evaluate import print_scores
+    from mtlora.cli.scores import print_scores
     from mtlora.merge.extend import MergeError, extended_config, new_task
     from mtlora.merge.merge import NEW_EXPERTS, SETTINGS, merge
     from mtlora.suite import load_suite

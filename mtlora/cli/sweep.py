@@ -3,10 +3,14 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtlora.cli.backbone import add_backbone_argument, backbone_for
 from mtlora.cli.settings import add_set_argument, read_settings
+
+if TYPE_CHECKING:
+    from mtlora.suite import Suite
+    from mtlora.train.config import TrainingConfig
 
 # A small budget, for a first table within an hour; --set changes it.
 _EXAMPLES_PER_TASK = 100
@@ -45,11 +49,8 @@ def _sweep(args: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from tqdm import tqdm
 
-    from mtlora.backbone import resolve
-    from mtlora.suite import load_suite
     from mtlora.sweep.grid import SweepError, do_all, grid, read_result
     from mtlora.sweep.report import markdown, summarise, write_report
-    from mtlora.train.config import TrainingConfig
 
     names = [file.stem for file in args.configs]
     if len(set(names)) != len(names):
@@ -58,11 +59,9 @@ def _sweep(args: argparse.Namespace) -> int:
         raise SweepError(f"--test-examples: found {args.test_examples}; allowed: 1 or more")
     if args.jobs < 1:
         raise SweepError(f"--jobs: found {args.jobs}; allowed: 1 or more")
-    flags = [f"examples_per_task={args.examples_per_task}", "validation_per_task=0", *args.set]
-    configs = {file.stem: TrainingConfig.model_validate(read_settings(file, flags)) for file in args.configs}
+    configs, folder = _configurations(args)
     runs = grid(configs, args.out, seeds=list(dict.fromkeys(args.seeds)), task_counts=args.task_counts)
     settings = {"examples": args.test_examples}
-    folder = resolve(backbone_for(args.backbone, load_suite(next(iter(configs.values())).suite)))
     # Read all results first, so that an error about an old result comes before any training.
     done = {run.folder: read_result(run, folder, settings) for run in runs}
     todo = [run for run in runs if not done[run.folder]]
@@ -84,3 +83,27 @@ def _sweep(args: argparse.Namespace) -> int:
     if failed:
         raise SweepError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
     return 0
+
+
+def _configurations(args: argparse.Namespace) -> "tuple[dict[str, TrainingConfig], Path]":
+    """Each file's configuration, with the defaults of its suite's kind, and the backbone of the first one's suite."""
+    from mtlora.backbone import resolve
+    from mtlora.suite import load_suite
+    from mtlora.train.config import TrainingConfig
+    from mtlora.train.defaults import training_config
+
+    configs: dict[str, TrainingConfig] = {}
+    suites: dict[str, Suite] = {}
+    backbone = None
+    for file in args.configs:
+        flags = [f"examples_per_task={args.examples_per_task}"]
+        name = TrainingConfig.model_validate(read_settings(file, flags + args.set)).suite
+        # Load a suite once: a folder of images is read whole.
+        suite = suites[repr(name)] = suites.get(repr(name)) or load_suite(name)
+        if not any(task.image for task in suite.tasks):
+            # Validation of texts generates; a run on images ends with its best state by validation.
+            flags.append("validation_per_task=0")
+        backbone = backbone or resolve(backbone_for(args.backbone, suite))
+        configs[file.stem] = training_config(read_settings(file, flags + args.set), suite, backbone)
+    assert backbone is not None
+    return configs, backbone

@@ -52,7 +52,7 @@ def _train(args: argparse.Namespace) -> int:
     # Let waiting threads sleep. Threads that spin beside other work make training ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from mtlora.backbone import resolve
-    from mtlora.cli.evaluate import print_scores
+    from mtlora.cli.scores import print_scores
     from mtlora.errors import MtLoRAError
     from mtlora.suite import load_suite
     from mtlora.train.config import TrainingConfig

@@ -1,16 +1,15 @@
 """Calibration of probabilities: their expected error, and temperatures that reduce it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from mtlora.answer.labels import tempered
+from mtlora.evaluation.answerers import Labeller
 from mtlora.suite.base import Example
-from mtlora.task import is_correct
-
-# Gives the probability of every label of each example, in order.
-Labeller = Callable[[Sequence[Example]], list[Mapping[str, float]]]
+from mtlora.task import TaskSpec, is_correct
 
 BINS = 15
 # Temperatures that are tried, each a few percent above the last.
@@ -19,6 +18,41 @@ _STEPS = [0.05 * 400 ** (i / 200) for i in range(201)]
 # this to no prior and to one temperature for all; half or twice as much changes little, as does a bias a label.
 _PRIOR = 2.0
 _LEAST = 1e-30
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration errors of `total` labels, and the error that perfect probabilities would show on so many.
+
+    errors, by_chance: without temperatures ("uncalibrated"), at the checkpoint's ("stored"), and at `temperatures`
+    ("fitted"), which are fitted to these examples, by task.
+    """
+
+    total: int
+    temperatures: Mapping[str, float]
+    errors: Mapping[str, float]
+    by_chance: Mapping[str, float]
+
+
+def calibrate(
+    labeller: Labeller, tasks: Iterable[TaskSpec], examples: Sequence[Example], stored: Mapping[str, float]
+) -> Calibration | None:
+    """Measure the labels' calibration on the examples of tasks with labels; None without such examples.
+
+    stored: the checkpoint's temperatures by task.
+    """
+    labelled = {task.id for task in tasks if task.labels}
+    chosen = [example for example in examples if example.task_id in labelled]
+    if not chosen:
+        return None
+    found = labeller(chosen)
+    fitted = fitted_temperatures(chosen, found)
+    errors, by_chance = {}, {}
+    for name, temperatures in (("uncalibrated", {}), ("stored", stored), ("fitted", fitted)):
+        outcomes = label_outcomes(chosen, found, temperatures)
+        errors[name] = round(expected_calibration_error(outcomes), 4)
+        by_chance[name] = round(error_by_chance([confidence for confidence, _ in outcomes]), 4)
+    return Calibration(len(chosen), fitted, errors, by_chance)
 
 
 def expected_calibration_error(outcomes: Sequence[tuple[float, bool]]) -> float:

@@ -4,6 +4,7 @@ Shape suffixes: B images, C classes, F size of a feature, N examples.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,16 +12,19 @@ from tqdm import tqdm
 
 from mtlora.checkpoint.format import Checkpoint
 from mtlora.errors import MtLoRAError
-from mtlora.evaluation.calibration import Labeller
-from mtlora.evaluation.evaluate import Answerer
-from mtlora.model.vision import AdaptedEncoder
-from mtlora.suite.base import Example
+from mtlora.evaluation.answerers import Answerer, Answerers, Labeller
+from mtlora.methods import HeadsConfig
+from mtlora.model.vision import AdaptedEncoder, load_adapted_encoder, new_adapted_encoder
+from mtlora.suite.base import Example, Suite, up_to
+from mtlora.suite.mix import count_for
 from mtlora.suite.vision.pixels import read_pixels
 from mtlora.task import TaskSpec
 from mtlora.vision.heads import Heads
 from mtlora.vision.images import prepare
 
 _BATCH = 64
+# Training images per task that linear heads are fitted to if no checkpoint says how many its adapter had.
+_LINEAR_EXAMPLES = 500
 # A task's (weight [C, F], bias [C]).
 Head = tuple[torch.Tensor, torch.Tensor]
 
@@ -101,6 +105,30 @@ def checkpoint_labeller(adapted: AdaptedEncoder, checkpoint: Checkpoint) -> Labe
     tasks = checkpoint.manifest.tasks
     rows = {task.id: task.bias_index or 0 for task in tasks}
     return image_labeller(adapted, tasks, checkpoint.head, rows)
+
+
+def image_answerers(
+    backbone: Path, checkpoint: Checkpoint | None, tasks: Sequence[TaskSpec], suite: Suite, dtype: torch.dtype
+) -> Answerers:
+    """A checkpoint's adapter with its heads, if there is one, and linear heads on the backbone alone.
+
+    dtype: the backbone's. Linear heads are fitted to the training images of `suite` that the adapter was trained on.
+    Raises MtLoRAError.
+    """
+    asked = [task for task in tasks if task.id in {each.id for each in suite.tasks}]
+    trained = checkpoint.manifest.training.get("config", {}) if checkpoint else {}
+    counts, seed = trained.get("examples_per_task", _LINEAR_EXAMPLES), trained.get("seed", 0)
+    if checkpoint:
+        adapted = load_adapted_encoder(backbone, checkpoint, dtype)
+        labeller = checkpoint_labeller(adapted, checkpoint)
+    else:
+        adapted, labeller = new_adapted_encoder(backbone, HeadsConfig(), len(tasks), dtype), None
+
+    def alone(examples: Sequence[Example]) -> list[str]:
+        train = [e for t in asked for e in up_to(suite, t.id, "train", count_for(counts, t.id), seed)]
+        return answers_of(image_labeller(adapted, asked, linear_heads(adapted, asked, train), None))(examples)
+
+    return Answerers(answers_of(labeller) if labeller else None, alone, labeller)
 
 
 def linear_heads(adapted: AdaptedEncoder, tasks: Sequence[TaskSpec], train: Sequence[Example]) -> Callable[[str], Head]:

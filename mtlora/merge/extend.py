@@ -29,7 +29,7 @@ def extended_config(checkpoint: Checkpoint, new_experts: int) -> MtLoRAConfig:
     """The adapter's config with `new_experts` more experts, and with task biases. Raises MergeError."""
     config = checkpoint.manifest.config
     if config.num_experts + new_experts == 1:
-        raise MergeError("the adapter has one expert, so no router to steer by a bias; add experts (mode experts)")
+        raise MergeError("found an adapter of one expert, which has no router for a bias; allowed: --mode experts")
     changed = {"num_experts": config.num_experts + new_experts, "task_bias": True}
     try:
         return MtLoRAConfig.model_validate(config.model_dump() | changed)
@@ -114,7 +114,7 @@ def merged_tasks(checkpoint: Checkpoint, task: TaskSpec) -> tuple[TaskEntry, ...
 def new_task(checkpoint: Checkpoint, suite: Suite, task_id: str) -> TaskSpec:
     """The suite's task. Raises SuiteError if the suite lacks it, MergeError if the adapter has it."""
     if any(entry.id == task_id for entry in checkpoint.manifest.tasks):
-        raise MergeError(f"the adapter has a task {task_id!r} already; a task is added once")
+        raise MergeError(f"the adapter has a task {task_id!r} already; allowed: a new id")
     for task in suite.tasks:
         if task.id == task_id:
             if (task.image is not None) != checkpoint.manifest.images:

@@ -12,9 +12,10 @@ from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import check_replaceable, write_checkpoint
 from mtlora.merge.compare import Comparison, compare, compare_images
 from mtlora.merge.extend import MergeError, extended_config, merged_tasks, merged_tensors, new_task, starting_point
-from mtlora.suite import load_suite, up_to
+from mtlora.suite import up_to
 from mtlora.task import check_activation
 from mtlora.train.config import TrainingConfig
+from mtlora.train.examples import load_run_suite
 
 Mode = Literal["bias", "experts"]
 
@@ -48,7 +49,7 @@ def merge(before: Checkpoint, backbone: Path, out: Path, config: TrainingConfig)
     if before.manifest.projector is not None:
         raise MergeError("the adapter has tasks that take text and an image; allowed: tasks of text, or of images")
     (task_id,) = config.tasks or ()
-    suite = load_suite(config.suite)
+    suite = load_run_suite(config)
     task = new_task(before, suite, task_id)
     check_activation(config.adapter, [task])
     if config.adapter != extended_config(before, new_experts):

@@ -101,6 +101,16 @@ class ImageReader:
         """The projector's entry in a checkpoint's manifest."""
         return ProjectorConfig(backbone=self.backbone, merge=self.merge)
 
+    def fitted_tasks(self, tasks: Iterable[TaskSpec]) -> list[TaskSpec]:
+        """Tasks whose images have a size that the squares of patches divide, where the tasks leave it open."""
+        fitted = []
+        for task in tasks:
+            if task.picture is not None:
+                size = self.config.fitted_size(task.picture, self.merge)
+                task = task.model_copy(update={"picture": task.picture.model_copy(update={"size": size})})
+            fitted.append(task)
+        return fitted
+
     def num_soft_tokens(self, preparation: ImagePreparation) -> int:
         """S for an image of a task. Raises BackboneError if squares of merge x merge patches do not divide its size."""
         return self.config.num_soft_tokens(preparation.size, self.merge)

@@ -194,7 +194,7 @@ def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict
 
 def _scores(examples: Sequence[Example], answers: Sequence[str]) -> dict[str, Any]:
     """Scores, and for each task a digest of its `examples` and whether each of them is `right`: "1" or "0"."""
-    from mtlora.evaluation.evaluate import score
+    from mtlora.evaluation.scores import score
 
     found = score(examples, answers).as_dict()
     by_task: dict[str, list[tuple[str, str]]] = {}

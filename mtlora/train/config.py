@@ -43,8 +43,8 @@ class TrainingConfig(BaseModel):
         description="training examples per task: a number, null for all of a finite suite, or numbers by task id, * "
         "for the rest; at most this many of each part of a mix",
     )
-    validation_per_task: int = Field(16, ge=0)
-    epochs: int = Field(1, ge=1)
+    validation_per_task: int = Field(16, ge=0, description="validation examples per task; 0: no validation")
+    epochs: int = Field(1, ge=1, description="passes over the training examples")
     max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
     schedule_steps: int | None = Field(
         None, ge=1, description="steps that the learning rate's schedule spans; null means the steps of the run"
@@ -60,7 +60,13 @@ class TrainingConfig(BaseModel):
     longer_examples: Literal["error", "skip"] = Field(
         "error", description="what to do with a training example above max_length; skipped ones are counted"
     )
-    learning_rate: float = Field(2e-3, gt=0)
+    unreadable_images: Literal["error", "skip"] = Field(
+        "error",
+        description="of images: what to do with files that cannot be decoded; skipped ones are told by class",
+        # Results of sweeps are compared with their configuration: those without this field stay valid.
+        exclude_if=lambda unreadable: unreadable == "error",
+    )
+    learning_rate: float = Field(2e-3, gt=0, description="the peak of the schedule")
     router_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of routers and task biases")
     head_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of heads (images)")
     projector_learning_rate_scale: float = Field(
@@ -88,20 +94,23 @@ class TrainingConfig(BaseModel):
         ge=0,
         description="of images: layers, from the first, whose paths stay zero; images pass them once",
     )
-    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    warmup_fraction: float = Field(0.03, ge=0, lt=1, description="share of the steps in which the rate rises")
     final_learning_rate_fraction: float = Field(0.05, ge=0, le=1, description="where the cosine ends")
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    spectral: Literal["off", "pairwise", "gram"] = "pairwise"
-    spectral_weight: float = Field(1e-3, ge=0)
-    balance_weight: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's; routers and task biases have none")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients of a larger norm are scaled down to it")
+    spectral: Literal["off", "pairwise", "gram"] = Field(
+        "pairwise",
+        description="the spectral loss: between experts, as in the paper (pairwise), or within each (gram)",
+    )
+    spectral_weight: float = Field(1e-3, ge=0, description="factor on the spectral loss")
+    balance_weight: float = Field(0.01, ge=0, description="factor on the routers' balance loss")
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="the frozen backbone's; the adapter is float32"
     )
     gradient_checkpointing: bool = Field(
         False, description="keep one activation per layer and compute the rest again in the backward pass"
     )
-    seed: int = Field(0, ge=0, lt=2**32)
+    seed: int = Field(0, ge=0, lt=2**32, description="of initial weights, examples, their order and dropout")
     save_every: int = Field(50, ge=1, description="steps between resumable states")
     validate_every: int = Field(200, ge=1, description="steps between validations")
     threads: int | None = Field(None, ge=1, description="CPU threads; null leaves torch's choice")
@@ -120,8 +129,8 @@ class TrainingConfig(BaseModel):
     def _documents_keep_their_keys(self) -> "TrainingConfig":
         if self.gradient_checkpointing and self.baseline is None and self.adapter.activation == "task":
             raise ValueError(
-                "gradient_checkpointing: a layer computed again would lose the documents' keys and values "
-                "of activation task; it needs activation all"
+                "gradient_checkpointing: found it with activation 'task'; allowed: activation 'all', as a layer that "
+                "is computed again would lose the documents' keys and values"
             )
         return self
 

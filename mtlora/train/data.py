@@ -53,10 +53,10 @@ class Encoded:
 class Batch:
     """A right-padded batch. With a causal mask, padding changes nothing before it, so padding needs no mask.
 
-    All are int64. task_index_E: task index of each example. answer_rows_A: flat positions b*L + l whose next token is
-    an answer token; answer_targets_A: that token; answer_owner_A: its example. A row is an example; with `documents`,
-    it holds all examples of a document one after the other, without it, and task_index_BL is that of each token.
-    images: the batch's images, at flat positions.
+    Tensors are int64. task_index_E: task index of each example. answer_rows_A: flat positions b*L + l whose next token
+    is an answer token; answer_targets_A: that token; answer_owner_A: its example. A row is an example; with
+    `documents`, it holds all examples of a document one after the other, without it, and task_index_BL is that of each
+    token. images: the batch's images, at flat positions.
     """
 
     tokens_BL: torch.Tensor
@@ -216,7 +216,10 @@ def row_length(examples: Sequence[Encoded]) -> int:
 
 
 def batches(examples: Sequence[Encoded], size: int, *, documents: bool) -> Iterator[Batch]:
-    """The examples once, shortest first, up to `size` at a time; documents: those of a document share its pass."""
+    """The examples once, shortest first, up to `size` at a time.
+
+    documents: examples of a document share its pass; the shortest document comes first.
+    """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     if documents:
         units = sorted(by_document(examples), key=lambda unit: examples[unit[0]].document_length)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mtlora.prompt import PromptEncoder
+from mtlora.suite import load_suite
 from mtlora.suite.base import Example, Split, Suite, SuiteError, up_to
 from mtlora.suite.mix import MixedSuite, count_for
 from mtlora.task import TaskSpec
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 class RunExamples:
     """`train` and `validation`, encoded, and in `skipped` how many of each task are too long to train on.
 
-    evaluated: the examples of `validation`. They are short enough that the task's longest answer fits into the
-    backbone's positions. Raises SuiteError for an example that the configuration does not allow, and for a task without
-    a training example.
+    evaluated: the examples of `validation`. They are short enough that the task's longest answer fits into `room`, the
+    backbone's positions in tokens. Raises SuiteError for an example that the configuration does not allow, and for a
+    task without a training example.
     """
 
     def __init__(
@@ -73,6 +74,17 @@ class RunExamples:
             raise SuiteError(f"suite {suite}: task {task.id} has no training example ({cause})")
         if not self.train:
             raise SuiteError(f"suite {suite}: no training examples; examples_per_task asks for none")
+
+
+def load_run_suite(config: TrainingConfig) -> Suite:
+    """The configuration's suite, without unreadable images where it says so. Raises SuiteError."""
+    suite = load_suite(config.suite)
+    if config.unreadable_images == "error":
+        return suite
+    # Import here: images need packages that text suites do not need.
+    from mtlora.suite.vision.pixels import readable
+
+    return readable(suite)
 
 
 def wanted_examples(config: TrainingConfig, suite: Suite, tasks: Sequence[TaskSpec], split: Split) -> list[Example]:

@@ -5,7 +5,7 @@ Shape suffixes: B images, C channels, S side of an image, F size of a feature, K
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,9 @@ from torch.nn.functional import cross_entropy
 from mtlora.adapter import AdapterSet, Attachment
 from mtlora.checkpoint.format import head_names
 from mtlora.checkpoint.read import read_checkpoint
-from mtlora.checkpoint.write import write_checkpoint
-from mtlora.evaluation.evaluate import Answerer, score
-from mtlora.evaluation.images import features, pixels, same_input
-from mtlora.model.baseline import BaselineManifest, write_baseline
-from mtlora.model.language import adapter_tensors
+from mtlora.evaluation.answerers import Answerer
+from mtlora.evaluation.images import features, same_input
+from mtlora.evaluation.scores import score
 from mtlora.model.vision import fitted_tasks, new_adapted_encoder
 from mtlora.suite.base import Example, Split, Suite, SuiteError
 from mtlora.suite.mix import count_for
@@ -33,7 +31,7 @@ from mtlora.train.defaults import most_shown
 from mtlora.train.examples import wanted_examples
 from mtlora.train.modality import Part, digest
 from mtlora.train.parallel import Ranks
-from mtlora.train.result import task_table
+from mtlora.train.result import evaluation_of, write_result
 from mtlora.train.start import load_paths
 from mtlora.vision.encoder import pool
 from mtlora.vision.heads import Heads
@@ -42,15 +40,6 @@ from mtlora.vision.images import prepare
 
 # Values of states that are kept: a gigabyte in bfloat16.
 _KEPT_VALUES = 2**29
-
-
-class _Trained(nn.Module):
-    """All trained modules: adapters and heads. Their names are keys in the saved state."""
-
-    def __init__(self, adapters: Attachment, heads: Heads) -> None:
-        super().__init__()
-        self.adapters = adapters
-        self.heads = heads
 
 
 class Images:
@@ -68,13 +57,15 @@ class Images:
         classes = _classes(tasks, config.heads)
         F = num_features(self.input.pooling, self.adapted.backbone.hidden_size)
         self.heads = Heads(classes, F, told=config.heads != "all classes")
-        self.trained = _Trained(self.adapted.adapters, self.heads)
+        # The names are keys in the saved state.
+        self.trained = nn.ModuleDict({"adapters": self.adapters, "heads": self.heads})
         self._row = {task.id: row for row, task in enumerate(tasks)}
-        self.train, self.validation = self.of("train"), self.of("validation")
+        self.train, self.validation = self._examples("train"), self._examples("validation")
         self.ends_with_best = bool(self.validation)
         if not self.train:
             raise SuiteError(f"suite {suite.name}: no training examples; examples_per_task asks for none")
-        self._check_files()
+        if config.unreadable_images == "error":
+            self._check_files()
         self._start: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if config.init_from is not None:
             self._warm_start(Path(config.init_from))
@@ -97,8 +88,8 @@ class Images:
         """See `Modality`."""
         return self.adapted.adapters
 
-    def of(self, split: Split) -> list[Example]:
-        """The split's examples by the configuration, task by task. Raises SuiteError."""
+    def _examples(self, split: Split) -> list[Example]:
+        """The split's examples by the configuration, task by task. Raises SuiteError for a task without training."""
         found = wanted_examples(self.config, self.suite, self.tasks, split)
         having = {example.task_id for example in found}
         for task in self.tasks if split == "train" else ():
@@ -233,11 +224,10 @@ class Images:
         return image is not None and bool(image.augment)
 
     def _augmented(self, index: int, step: int) -> torch.Tensor:
+        """The encoder's input [3, S, S] of a training example, changed as its task allows."""
         example = self.train[index]
         task = self.tasks[self._row[example.task_id]]
         assert task.image is not None
-        if not task.image.augment:
-            return pixels(self.adapted, task, example)
         rng = random.Random(f"{self.config.seed}/{step}/{index}")
         changed = augmented(read_pixels(example, task.image.size), task.image.augment, rng)
         return torch.from_numpy(prepare(changed, task.image, self.adapted.mean, self.adapted.std))
@@ -273,14 +263,7 @@ class Images:
 
     def evaluate(self) -> dict[str, Any]:
         """See `Modality`: `backbone_alone` is by linear heads."""
-        if not self.validation:
-            return {}
-        return {
-            "split": "validation",
-            "examples_per_task": self.config.validation_per_task,
-            "adapter": score(self.validation, self.answerer()(self.validation)).as_dict(),
-            "backbone_alone": score(self.validation, self.answerer(alone=True)(self.validation)).as_dict(),
-        }
+        return evaluation_of(self.config, self.validation, self.answerer(), self.answerer(alone=True))
 
     def answerer(self, *, alone: bool = False) -> Answerer:
         """See `Modality`. alone: by the linear probe of the backbone's features."""
@@ -300,7 +283,8 @@ class Images:
         return answers, total / max(1, len(examples))
 
     @torch.inference_mode()
-    def _logits(self, examples: Sequence[Example], *, alone: bool) -> Any:
+    def _logits(self, examples: Sequence[Example], *, alone: bool) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """(places of examples of one task, their logits [B, K] on the CPU), batch by batch."""
         biased = None if alone else self._row
         for places, features_BF in features(
             self.adapted, {t.id: t for t in self.tasks}, examples, biased, told=self.heads.told
@@ -324,25 +308,13 @@ class Images:
         return {"examples": len(self.train), "images": sum(images.values()), "images_by_task": images}
 
     def write(self, folder: Path, training: dict[str, Any], evaluation: dict[str, Any]) -> None:
-        """See `Modality`: paths in float16, heads in float32."""
+        """See `Modality`: heads in float32."""
         heads: dict[str, torch.Tensor] = {}
         for row in range(len(self.tasks)):
             heads |= dict(zip(head_names(row), (each.float() for each in self.heads.folded(row)), strict=True))
-        config, table = self.config, task_table(self.config, self.tasks)
-        if config.baseline is not None:
-            manifest = BaselineManifest(
-                backbone=self.adapted.backbone,
-                config=config.baseline,
-                tasks=table,
-                training=training,
-                evaluation=evaluation,
-            )
-            write_baseline(folder, manifest, {**adapter_tensors(self.adapters, torch.float32), **heads})
-            return
-        write_checkpoint(
-            folder, backbone=self.adapted.backbone, config=config.adapter, tasks=table, training=training,
-            evaluation=evaluation, tensors={**adapter_tensors(self.adapters, torch.float16), **heads},
-        )  # fmt: skip
+        write_result(
+            folder, self.config, self.adapted, self.tasks, training=training, evaluation=evaluation, beside=heads
+        )
 
 
 def _classes(tasks: Sequence[TaskSpec], heads: str) -> list[list[int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mtlora.adapter import Attachment
-from mtlora.evaluation.evaluate import Answerer
+from mtlora.evaluation.answerers import Answerer
 from mtlora.suite.base import Suite
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
@@ -65,7 +65,7 @@ class Modality(Protocol):
         ...
 
     def images(self) -> dict[str, tuple[int, int, int | None]]:
-        """Of tasks of images: how many there are for training, for validation and for the test; None: any number."""
+        """Numbers of images of each task: for training, validation and test (None: any number). Empty for texts."""
         ...
 
     def speed(self, num_tokens: int, seconds: float) -> str:
@@ -80,8 +80,8 @@ class Modality(Protocol):
         """The manifest's `evaluation`."""
         ...
 
-    def answerer(self) -> Answerer:
-        """An answerer with the model as trained so far."""
+    def answerer(self, *, alone: bool = False) -> Answerer:
+        """An answerer with the model as trained so far. alone: with the backbone alone."""
         ...
 
     def digest(self) -> str:
@@ -98,7 +98,7 @@ class Modality(Protocol):
 
 
 def digest(examples: Iterable[object], batches: Iterable[Sequence[int]]) -> str:
-    """A digest of the Python representation of examples and batches."""
+    """The SHA-256 of the Python representation of examples and batches, in hexadecimal."""
     found = hashlib.sha256()
     for each in chain(examples, batches):
         found.update(repr(each).encode())

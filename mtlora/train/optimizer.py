@@ -9,31 +9,39 @@ from mtlora.train.config import TrainingConfig
 
 
 def make_optimizer(trained: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW. Routers and task biases have a rate of their own and no decay; heads and projector have own rates."""
-    routing: list[nn.Parameter] = []
-    heads: list[nn.Parameter] = []
-    projector: list[nn.Parameter] = []
-    experts: list[nn.Parameter] = []
+    """AdamW over the parameters that need gradients, in groups whose `scale` is a factor on the learning rate."""
+    # Saved states number the parameters by this order.
+    settings = {
+        "experts": (1.0, config.weight_decay),
+        "routing": (config.router_learning_rate_scale, 0.0),
+        "projector": (config.projector_learning_rate_scale, config.weight_decay),
+        "heads": (config.head_learning_rate_scale, config.weight_decay),
+    }
+    parameters: dict[str, list[nn.Parameter]] = {group: [] for group in settings}
     for name, parameter in trained.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.startswith("heads."):
-            heads.append(parameter)
-        elif name.startswith("projector."):
-            projector.append(parameter)
-        else:
-            (routing if name.endswith(("lora_route", "task_bias")) else experts).append(parameter)
+        if parameter.requires_grad:
+            parameters[_group(name)].append(parameter)
     groups = [
-        {"params": experts, "scale": 1.0, "weight_decay": config.weight_decay},
-        {"params": routing, "scale": config.router_learning_rate_scale, "weight_decay": 0.0},
-        {"params": projector, "scale": config.projector_learning_rate_scale, "weight_decay": config.weight_decay},
-        {"params": heads, "scale": config.head_learning_rate_scale, "weight_decay": config.weight_decay},
+        {"params": parameters[group], "scale": scale, "weight_decay": decay}
+        for group, (scale, decay) in settings.items()
+        if parameters[group]
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate, fused=True)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def _group(name: str) -> str:
+    """The group of a parameter; heads and projector stand beside the adapters in what is trained."""
+    first = name.partition(".")[0]
+    if first in ("heads", "projector"):
+        return first
+    return "routing" if name.endswith(("lora_route", "task_bias")) else "experts"
 
 
 def learning_rate(config: TrainingConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a fraction of the peak, where it stays after `steps`."""
+    """The rate of a step, counted from 0: a linear warm-up, then a cosine down to a fraction of the peak.
+
+    After `steps` it stays there.
+    """
     warmup = max(1, round(steps * config.warmup_fraction))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup

@@ -1,20 +1,24 @@
 """Writes a run's result: a checkpoint of the adapter or baseline, with provenance and scores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mtlora.checkpoint.format import PROJECTOR_NAMES, AdapterManifest, TaskEntry
+from mtlora.checkpoint.format import AdapterManifest, ProjectorConfig, TaskEntry
 from mtlora.checkpoint.read import read_manifest
 from mtlora.checkpoint.write import write_checkpoint
-from mtlora.evaluation.evaluate import offline_answerer, score
+from mtlora.evaluation.answerers import Answerer
+from mtlora.evaluation.scores import score
 from mtlora.model.baseline import BaselineManifest, read_baseline_manifest, write_baseline
 from mtlora.model.language import AdaptedModel, adapter_tensors
 from mtlora.suite.base import Example
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from mtlora.model.vision import AdaptedEncoder
 
 
 def task_table(config: TrainingConfig, tasks: Sequence[TaskSpec]) -> tuple[TaskEntry, ...]:
@@ -23,41 +27,47 @@ def task_table(config: TrainingConfig, tasks: Sequence[TaskSpec]) -> tuple[TaskE
     return tuple(TaskEntry(**task.model_dump(), bias_index=i if biased else None) for i, task in enumerate(tasks))
 
 
-def evaluate(
-    adapted: AdaptedModel, table: Sequence[TaskEntry], examples: Sequence[Example], examples_per_task: int
+def evaluation_of(
+    config: TrainingConfig, examples: Sequence[Example], adapter: Answerer, backbone_alone: Answerer
 ) -> dict[str, Any]:
-    """The manifest's `evaluation` on validation examples: adapter and backbone alone. Empty without examples."""
+    """The manifest's `evaluation` on validation examples. Empty without examples."""
     if not examples:
         return {}
-    answers = offline_answerer(adapted, table)(examples)
-    alone = offline_answerer(adapted, table, with_adapter=False)(examples)
     return {
         "split": "validation",
-        "examples_per_task": examples_per_task,
-        "adapter": score(examples, answers).as_dict(),
-        "backbone_alone": score(examples, alone).as_dict(),
+        "examples_per_task": config.validation_per_task,
+        "adapter": score(examples, adapter(examples)).as_dict(),
+        "backbone_alone": score(examples, backbone_alone(examples)).as_dict(),
     }
 
 
 def write_result(
-    folder: Path, config: TrainingConfig, adapted: AdaptedModel, table: tuple[TaskEntry, ...],
-    training: dict[str, Any], evaluation: dict[str, Any],
-) -> None:  # fmt: skip
-    """Write the checkpoint: an adapter's paths in float16, all else in float32. Raises CheckpointError."""
+    folder: Path,
+    config: TrainingConfig,
+    adapted: "AdaptedModel | AdaptedEncoder",
+    tasks: Sequence[TaskSpec],
+    *,
+    training: dict[str, Any],
+    evaluation: dict[str, Any],
+    beside: Mapping[str, torch.Tensor] | None = None,
+    projector: ProjectorConfig | None = None,
+) -> None:
+    """Write the checkpoint: an adapter's paths in float16, a baseline in float32. Raises CheckpointError.
+
+    beside: tensors stored beside them as they are: those of heads or of the projector.
+    """
+    contents: dict[str, Any] = {
+        "backbone": adapted.backbone,
+        "tasks": task_table(config, tasks),
+        "training": training,
+        "evaluation": evaluation,
+    }
+    dtype = torch.float16 if config.baseline is None else torch.float32
+    tensors = {**adapter_tensors(adapted.adapters, dtype), **(beside or {})}
     if config.baseline is None:
-        tensors, projector = adapter_tensors(adapted.adapters, torch.float16), None
-        if adapted.reader is not None:
-            projector = adapted.reader.projector_config
-            tensors |= dict(zip(PROJECTOR_NAMES, adapted.reader.projector.folded(), strict=True))
-        write_checkpoint(
-            folder, backbone=adapted.backbone, config=config.adapter, tasks=table, training=training,
-            evaluation=evaluation, tensors=tensors, projector=projector,
-        )  # fmt: skip
+        write_checkpoint(folder, config=config.adapter, tensors=tensors, projector=projector, **contents)
     else:
-        manifest = BaselineManifest(
-            backbone=adapted.backbone, config=config.baseline, tasks=table, training=training, evaluation=evaluation
-        )
-        write_baseline(folder, manifest, adapter_tensors(adapted.adapters, torch.float32))
+        write_baseline(folder, BaselineManifest(config=config.baseline, **contents), tensors)
 
 
 def read_result(folder: Path, config: TrainingConfig) -> AdapterManifest | BaselineManifest:

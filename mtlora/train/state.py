@@ -78,7 +78,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             # The file system has no locks, for example NFS without a lock service.
-            print(f"mtlora: {path}: cannot be locked ({error}): see to it that no other run uses it", file=sys.stderr)
+            print(f"mtlora: {path}: cannot be locked ({error}): make sure that no other run uses it", file=sys.stderr)
 
     def read_state(self) -> dict[str, Any] | None:
         """The saved state, its tensors on the CPU; None before the first. Raises RunError for a damaged file."""

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from mtlora.adapter import Attachment
+from mtlora.checkpoint.format import PROJECTOR_NAMES
 from mtlora.checkpoint.read import read_checkpoint
-from mtlora.evaluation.evaluate import Answerer, offline_answerer
+from mtlora.evaluation.answerers import Answerer
+from mtlora.evaluation.offline import offline_answerer
 from mtlora.families import decoder_layers
 from mtlora.model.language import new_adapted_model
 from mtlora.suite.base import Suite
@@ -22,21 +24,12 @@ from mtlora.train.examples import RunExamples
 from mtlora.train.losses import batch_loss
 from mtlora.train.modality import Part, digest
 from mtlora.train.parallel import Ranks
-from mtlora.train.result import evaluate, task_table, write_result
+from mtlora.train.result import evaluation_of, task_table, write_result
 from mtlora.train.start import warm_start
 from mtlora.train.validation import held_out
 
 # Most images whose states initialise the projector.
 _MOST_IMAGES = 2048
-
-
-class _Trained(nn.Module):
-    """All trained modules: adapters and projector. Their names are keys in the saved state."""
-
-    def __init__(self, adapters: Attachment, projector: nn.Module) -> None:
-        super().__init__()
-        self.adapters = adapters
-        self.projector = projector
 
 
 class Text:
@@ -67,7 +60,9 @@ class Text:
             from mtlora.model.soft_tokens import ImageReader
 
             self.adapted.reader = ImageReader(vision, config.merge_patches, self.adapted.backbone.hidden_size)
-            self.trained = _Trained(self.adapted.adapters, self.adapted.reader.projector)
+            self.tasks = tasks = self.adapted.reader.fitted_tasks(tasks)
+            # The names are keys in the saved state.
+            self.trained = nn.ModuleDict({"adapters": self.adapters, "projector": self.adapted.reader.projector})
         if config.init_from is not None:
             warm_start(self.adapted, config.adapter, tasks, Path(config.init_from))
         room = self.adapted.model.config.max_position_embeddings
@@ -158,12 +153,11 @@ class Text:
 
     def evaluate(self) -> dict[str, Any]:
         """See `Modality`."""
-        table = task_table(self.config, self.tasks)
-        return evaluate(self.adapted, table, self.examples.evaluated, self.config.validation_per_task)
+        return evaluation_of(self.config, self.examples.evaluated, self.answerer(), self.answerer(alone=True))
 
-    def answerer(self) -> Answerer:
-        """See `Modality`."""
-        return offline_answerer(self.adapted, task_table(self.config, self.tasks))
+    def answerer(self, *, alone: bool = False) -> Answerer:
+        """See `Modality`. alone: by the backbone without the adapter."""
+        return offline_answerer(self.adapted, task_table(self.config, self.tasks), with_adapter=not alone)
 
     def digest(self) -> str:
         """See `Modality`."""
@@ -182,7 +176,14 @@ class Text:
 
     def write(self, folder: Path, training: dict[str, Any], evaluation: dict[str, Any]) -> None:
         """See `Modality`."""
-        write_result(folder, self.config, self.adapted, task_table(self.config, self.tasks), training, evaluation)
+        beside, projector = {}, None
+        if (reader := self.adapted.reader) is not None:
+            beside = dict(zip(PROJECTOR_NAMES, reader.projector.folded(), strict=True))
+            projector = reader.projector_config
+        write_result(
+            folder, self.config, self.adapted, self.tasks, training=training, evaluation=evaluation, beside=beside,
+            projector=projector,
+        )  # fmt: skip
 
 
 def _own_length(example: Encoded) -> int:

@@ -12,9 +12,8 @@ import torch
 import mtlora
 from mtlora.checkpoint.format import AdapterManifest
 from mtlora.model.baseline import BaselineManifest
-from mtlora.suite import load_suite
 from mtlora.train.config import DivergedError, TrainingConfig
-from mtlora.train.examples import chosen_tasks
+from mtlora.train.examples import chosen_tasks, load_run_suite
 from mtlora.train.losses import SPECTRAL_LOSSES, balance_loss
 from mtlora.train.modality import open_modality
 from mtlora.train.optimizer import learning_rate, make_optimizer
@@ -42,7 +41,7 @@ class Trainer:
     """One run. `fit` trains, or resumes training, and writes the checkpoint.
 
     vision: the vision backbone's folder, for tasks that take text and an image. announce: called with the trainer when
-    all is checked and before any work is done.
+    all is checked and before any work is done. Raises MtLoRAError, with nothing written, for what cannot be trained.
 
     With torchrun, each process makes its own Trainer of the same configuration; the first one writes.
     """
@@ -68,7 +67,7 @@ class Trainer:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(config.seed)
-        self.suite = load_suite(config.suite)
+        self.suite = load_run_suite(config)
         self.tasks = chosen_tasks(self.suite, config.tasks)
         self.work = open_modality(config, self.suite, self.tasks, backbone, vision)
         self.adapted, self.batches = self.work.adapted, self.work.batches
@@ -126,7 +125,7 @@ class Trainer:
         return read_result(self.folder.checkpoint, self.config)
 
     def train_step(self) -> StepReport:
-        """One optimizer step on the next batch of the schedule."""
+        """One optimizer step on the next batch of the schedule. Raises DivergedError as `fit` does."""
         config, work, ranks, clock = self.config, self.work, self.ranks, self.clock
         work.trained.train()
         with clock("batch"):

@@ -20,6 +20,8 @@ _BATCH = 32
 def held_out(adapted: AdaptedModel, tasks: Sequence[TaskSpec], examples: Sequence[Encoded]) -> dict[str, Any]:
     """`loss`, the mean over all answer tokens; `accuracy_by_task`; and `accuracy`, their mean, 0 to 1.
 
+    examples: at least one.
+
     Greedy decoding gives an answer whose every token is the most likely one after the tokens before it, so this is
     exact match. For tasks with working it is a lower bound: another working may lead to the same answer.
     """

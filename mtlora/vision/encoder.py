@@ -16,6 +16,7 @@ from torch.nn import functional
 from mtlora.errors import BackboneError
 from mtlora.vision.families import VisionConfig, encoder_tensors, read_config
 from mtlora.vision.image_input import Pooling
+from mtlora.vision.rotary import image_rotation, rotate
 
 
 def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> "VisionEncoder":
@@ -69,7 +70,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Embeddings(nn.Module):
-    """Patches, class token and registers, with positions: what enters the first layer."""
+    """Patches, class token and registers, with stored positions: what enters the first layer."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -79,7 +80,8 @@ class Embeddings(nn.Module):
             self.class_token = nn.Parameter(torch.empty(D))
         if config.num_registers:
             self.registers = nn.Parameter(torch.empty(config.num_registers, D))
-        self.positions = nn.Parameter(torch.empty(int(traits.class_token) + config.grid_size**2, D))
+        if config.rope_theta is None:
+            self.positions = nn.Parameter(torch.empty(int(traits.class_token) + config.grid_size**2, D))
         self.patches = nn.Conv2d(3, D, config.patch_size, stride=config.patch_size)
         self.norm = nn.LayerNorm(D, eps=config.eps) if traits.input_norm else nn.Identity()
         # Positions [T, D] of a size, and what they were made from.
@@ -94,7 +96,8 @@ class Embeddings(nn.Module):
         x_BTD = self.patches(pixels_BCHW.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)
         if self.config.traits.class_token:
             x_BTD = torch.cat([self.class_token.expand(B, 1, -1), x_BTD], dim=1)
-        x_BTD = x_BTD + self._positions(H // self.config.patch_size)
+        if self.config.rope_theta is None:
+            x_BTD = x_BTD + self._positions(H // self.config.patch_size)
         if self.config.num_registers:
             x_BTD = torch.cat([x_BTD[:, :1], self.registers.expand(B, -1, -1), x_BTD[:, 1:]], dim=1)
         normed_BTD: torch.Tensor = self.norm(x_BTD)
@@ -127,16 +130,19 @@ class SelfAttention(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         D = config.hidden_size
-        self.num_heads = config.num_heads
+        self.config = config
         self.attend = functional.scaled_dot_product_attention
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(D, D) for _ in range(4))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Output [B, T, D] of the block for its normalised input [B, T, D]."""
         q_BNTK, k_BNTK, v_BNTK = (
-            linear(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            linear(hidden_states).unflatten(-1, (self.config.num_heads, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.config.rope_theta is not None:
+            rotary = image_rotation(self.config, q_BNTK.shape[2], q_BNTK.dtype, q_BNTK.device)
+            q_BNTK, k_BNTK = rotate(q_BNTK, *rotary), rotate(k_BNTK, *rotary)
         mixed_BNTK = self.attend(q_BNTK, k_BNTK, v_BNTK)
         output_BTD: torch.Tensor = self.o_proj(mixed_BNTK.transpose(1, 2).flatten(2))
         return output_BTD

@@ -3,10 +3,11 @@
 A family is a `model_type` of transformers. Its configuration becomes a `VisionConfig`, and its weights get the names of
 `encoder.VisionEncoder`, whichever release of transformers saved them. To add one:
 
-1. an entry in `FAMILIES`;
-2. its tensors' names in `_NAMES`, and what its models put before them in `_PREFIX`;
-3. its configuration's fields in `vision_config`, where they have other names;
-4. a model in `MODELS` of `tests/mtlora/vision/models.py`; `pytest tests/mtlora/vision` then holds it to parity.
+1. Add an entry to `FAMILIES`.
+2. Add the names of its tensors to `_NAMES`, and the prefix of these names in its models to `_PREFIX`.
+3. If its configuration names fields differently, read them in `vision_config`.
+4. Add a model to `MODELS` of `tests/mtlora/vision/models.py`. `pytest tests/mtlora/vision` then compares its states
+   with those of transformers.
 
 Shape suffixes: D hidden size, P pixels of a patch's side, G patches of the position grid's side.
 """
@@ -22,7 +23,7 @@ from typing import Any, Literal
 import torch
 
 from mtlora.errors import BackboneError
-from mtlora.vision.image_input import ImageInput
+from mtlora.vision.image_input import ImageInput, ImagePreparation
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Family:
 
     nested: the `model_type` of image-text models whose `vision_config` is of this family.
     class_token: whether sequences begin with one. input_norm: a norm between embeddings and layers.
-    layer_scale: factors on the blocks' outputs. interpolation, antialias: of positions to another size.
+    layer_scale: factors on the blocks' outputs. rotary: positions turn queries and keys (`rotary.py`); none are stored.
+    interpolation, antialias: of stored positions to another size.
     normalisation: that of a folder without `preprocessor_config.json`.
     """
 
@@ -39,6 +41,7 @@ class Family:
     class_token: bool = True
     input_norm: bool = False
     layer_scale: bool = False
+    rotary: bool = False
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = False
     patch_bias: bool = True
@@ -54,20 +57,34 @@ FAMILIES = {
     "vit": Family(),
     "dinov2": Family(layer_scale=True, normalisation=IMAGENET),
     "dinov2_with_registers": Family(layer_scale=True, antialias=True, normalisation=IMAGENET),
+    "dinov3_vit": Family(layer_scale=True, rotary=True, normalisation=IMAGENET),
     "clip_vision_model": Family(nested="clip", input_norm=True, patch_bias=False, normalisation=_CLIP),
     "siglip_vision_model": Family(nested="siglip", class_token=False),
     "siglip2_vision_model": Family(nested="siglip2", class_token=False, interpolation="bilinear", antialias=True),
 }
 # Patches of a side of an image whose task leaves its size open.
 _PATCHES = 8
+# Fields of configurations that switch biases off, and the linear layers that lose theirs.
+_BIASES = {
+    "qkv_bias": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "query_bias": ("self_attn.q_proj",),
+    "key_bias": ("self_attn.k_proj",),
+    "value_bias": ("self_attn.v_proj",),
+    "proj_bias": ("self_attn.o_proj",),
+    "mlp_bias": ("mlp.fc1", "mlp.fc2", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
 _FAMILY_OF = {family.nested: name for name, family in FAMILIES.items() if family.nested}
+# Of vision backbones, and of models of image and text that have one.
+MODEL_TYPES = (*FAMILIES, *_FAMILY_OF)
 
 
 @dataclass(frozen=True)
 class VisionConfig:
     """The architecture of a vision backbone.
 
-    patch_size: P. grid_size: G, of the stored positions. gated: whether an MLP is down(activation(gate x) * up x).
+    patch_size: P. grid_size: G, of the images that the backbone was trained with, and of stored positions.
+    gated: whether an MLP is down(activation(gate x) * up x). without_bias: names of a layer's linear layers.
+    rope_theta: the base of rotary positions' angles; None for stored positions.
     """
 
     family: str
@@ -81,7 +98,8 @@ class VisionConfig:
     eps: float
     gated: bool = False
     num_registers: int = 0
-    qkv_bias: bool = True
+    without_bias: tuple[str, ...] = ()
+    rope_theta: float | None = None
 
     @property
     def traits(self) -> Family:
@@ -115,14 +133,25 @@ class VisionConfig:
     def fitted(self, image: ImageInput) -> ImageInput:
         """An input whose size and pooling this backbone allows, where the task leaves them open.
 
-        size: the default if patches divide it, else 8 patches a side, or as many as the backbone was trained with.
+        size: see `fitted_size`.
         """
         found: dict[str, object] = {}
-        if "size" not in image.model_fields_set and image.size % self.patch_size:
-            found["size"] = min(_PATCHES, self.grid_size) * self.patch_size
+        if (size := self.fitted_size(image)) != image.size:
+            found["size"] = size
         if "pooling" not in image.model_fields_set and not self.traits.class_token:
             found["pooling"] = "mean"
         return image.model_copy(update=found) if found else image
+
+    def fitted_size(self, image: ImagePreparation, merge: int = 1) -> int:
+        """The size of a task's images, in pixels of a side; merge: patches of a side of a soft token's square.
+
+        If the task leaves it open: the default where such squares divide it, else as many squares as fit into 8 patches
+        a side, or into those that the backbone was trained with.
+        """
+        square = merge * self.patch_size
+        if "size" in image.model_fields_set or not image.size % square:
+            return image.size
+        return max(1, min(_PATCHES, self.grid_size) // merge) * square
 
     def check(self, inputs: Mapping[str, ImageInput]) -> None:
         """Raise BackboneError for a task of images, by its id, whose size or pooling this backbone does not allow."""
@@ -140,7 +169,7 @@ class VisionConfig:
 
 def is_vision(model_type: str | None) -> bool:
     """Whether a `model_type` is that of a vision backbone, or of a model of image and text that has one."""
-    return model_type in FAMILIES or model_type in _FAMILY_OF
+    return model_type in MODEL_TYPES
 
 
 def read_config(folder: Path) -> VisionConfig:
@@ -150,8 +179,7 @@ def read_config(folder: Path) -> VisionConfig:
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BackboneError(f"{folder}: no readable config.json ({type(error).__name__}: {error})") from error
     if not is_vision(found):
-        allowed = ", ".join((*FAMILIES, *_FAMILY_OF))
-        raise BackboneError(f"{folder}: model_type: expected a vision backbone, one of {allowed}; found {found!r}")
+        raise BackboneError(f"{folder}: model_type: found {found!r}; allowed for images: {', '.join(MODEL_TYPES)}")
     # transformers fills in what the file leaves out.
     from transformers import AutoConfig
 
@@ -190,7 +218,10 @@ def vision_config(config: Any) -> VisionConfig:
     grid = math.isqrt(config.num_patches) if image is None else image // (patch or 1)
     if patch is None or config.num_channels != 3:
         raise BackboneError(f"expected patches of 3 channels, found {config.num_channels}, {config.patch_size}")
-    gated = getattr(config, "use_swiglu_ffn", False)
+    if FAMILIES[name].rotary and config.hidden_size % (4 * config.num_attention_heads):
+        found = f"found {config.num_attention_heads} heads of {config.hidden_size} dimensions in all"
+        raise BackboneError(f"{found}; allowed with rotary positions: heads of a multiple of 4 dimensions")
+    swiglu = getattr(config, "use_swiglu_ffn", False)
     middle = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
     return VisionConfig(
         family=name,
@@ -198,14 +229,15 @@ def vision_config(config: Any) -> VisionConfig:
         num_layers=config.num_hidden_layers,
         num_heads=config.num_attention_heads,
         # Like DINOv2: two thirds, rounded up to a multiple of 8.
-        intermediate_size=(int(middle * 2 / 3) + 7) // 8 * 8 if gated else middle,
+        intermediate_size=(int(middle * 2 / 3) + 7) // 8 * 8 if swiglu else middle,
         patch_size=patch,
         grid_size=grid,
-        activation="silu" if gated else config.hidden_act,
+        activation="silu" if swiglu else config.hidden_act,
         eps=config.layer_norm_eps,
-        gated=gated,
+        gated=swiglu or getattr(config, "use_gated_mlp", False),
         num_registers=getattr(config, "num_register_tokens", 0),
-        qkv_bias=getattr(config, "qkv_bias", True),
+        without_bias=tuple(n for field, names in _BIASES.items() if not getattr(config, field, True) for n in names),
+        rope_theta=config.rope_theta if FAMILIES[name].rotary else None,
     )
 
 
@@ -221,7 +253,7 @@ def _side(name: str, value: Any) -> int | None:
 
 # Prefixes of the vision tower's tensor names in models with a head, or of image and text.
 _PREFIX = r"(?:(?:vit|dinov2|dinov2_with_registers|vision_model)\.)?"
-_LAYER = r"(?:encoder\.)?layers?\.(\d+)\."
+_LAYER = r"(?:(?:encoder|model)\.)?layers?\.(\d+)\."
 _END = r"\.(weight|bias)"
 # Tensor names in files of all families, and in the encoder. No name has different meanings in two families.
 _NAMES = [
@@ -230,9 +262,9 @@ _NAMES = [
         (r"embeddings\.(?:cls_token|class_embedding)", "embeddings.class_token"),
         (r"embeddings\.register_tokens", "embeddings.registers"),
         (r"embeddings\.(?:position_embeddings|position_embedding\.weight)", "embeddings.positions"),
-        (r"embeddings\.(?:patch_embeddings\.projection|patch_embedding)" + _END, r"embeddings.patches.\1"),
+        (r"embeddings\.patch_embeddings?(?:\.projection)?" + _END, r"embeddings.patches.\1"),
         (r"pre_layrnorm" + _END, r"embeddings.norm.\1"),
-        (r"(?:layernorm|post_layernorm)" + _END, r"model.norm.\1"),
+        (r"(?:layernorm|post_layernorm|norm)" + _END, r"model.norm.\1"),
         (_LAYER + r"(?:norm1|layernorm_before|layer_norm1)" + _END, r"model.layers.\1.norm1.\2"),
         (_LAYER + r"(?:norm2|layernorm_after|layer_norm2)" + _END, r"model.layers.\1.norm2.\2"),
         (_LAYER + r"(?:attention|self_attn)\.([qkv])_proj" + _END, r"model.layers.\1.self_attn.\2_proj.\3"),
@@ -269,9 +301,14 @@ def encoder_tensors(config: VisionConfig, tensors: Iterable[tuple[str, torch.Ten
     for name in [name for name in found if ".weights_in." in name]:
         gate, up = found.pop(name).chunk(2)
         found |= {name.replace("weights_in", "gate_proj"): gate, name.replace("weights_in", "up_proj"): up}
+    if not any(".mlp.gate_proj." in name for name in found):
+        # Without a gate, DINOv3 keeps the names of the other two layers.
+        renamed = (name.replace("mlp.up_proj", "mlp.fc1").replace("mlp.down_proj", "mlp.fc2") for name in found)
+        found = dict(zip(renamed, found.values(), strict=True))
     shapes = dict(_shapes(config))
     for name in _without_bias(config):
-        found.setdefault(name, torch.zeros(shapes[name]))
+        if name in shapes:
+            found.setdefault(name, torch.zeros(shapes[name]))
     state = {}
     for name, shape in shapes.items():
         if name not in found:
@@ -307,9 +344,8 @@ def _without_bias(config: VisionConfig) -> Iterator[str]:
     """Biases that the family, or the configuration, leaves out."""
     if not config.traits.patch_bias:
         yield "embeddings.patches.bias"
-    if not config.qkv_bias:
-        for layer in range(config.num_layers):
-            yield from (f"model.layers.{layer}.self_attn.{name}_proj.bias" for name in "qkv")
+    for layer in range(config.num_layers):
+        yield from (f"model.layers.{layer}.{name}.bias" for name in config.without_bias)
 
 
 def _shapes(config: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -319,7 +355,8 @@ def _shapes(config: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "embeddings.class_token", (D,)
     if config.num_registers:
         yield "embeddings.registers", (config.num_registers, D)
-    yield "embeddings.positions", (int(config.traits.class_token) + config.grid_size**2, D)
+    if config.rope_theta is None:
+        yield "embeddings.positions", (int(config.traits.class_token) + config.grid_size**2, D)
     yield "embeddings.patches.weight", (D, 3, P, P)
     yield "embeddings.patches.bias", (D,)
     norms = ["embeddings.norm"] if config.traits.input_norm else []

@@ -79,7 +79,7 @@ def _process_inputs(
         left = min(request.sampling_params.max_tokens, self.model_config.max_model_len - prompt_tokens)
         if left < fewest:
             raise VLLMValidationError(
-                f"max_tokens: found {left}, the context included; allowed: {fewest} or more, the shortest answer's",
+                f"max_tokens: found {left}, the context included; allowed: {fewest} or more, for the shortest answer",
                 parameter="max_tokens",
             )
     return request

@@ -21,7 +21,7 @@ class Sources:
     def __init__(self, path: Path) -> None:
         self._read = _reader(path)
         if self._read("vllm/__init__.py") is None:
-            raise SourcesError(f"{path}: no package vllm in it")
+            raise SourcesError(f"{path}: contains no package vllm")
 
     def find(self, module: str, attribute: str) -> Signature | None:
         """A name's signature, like `seams.find_imported` in a process. Raises LookupError if there is no such name."""

@@ -27,6 +27,7 @@ from vllm.sequence import IntermediateTensors
 
 from mtlora.vision.encoder import ACTIVATIONS
 from mtlora.vision.families import VisionConfig, encoder_tensors
+from mtlora.vision.rotary import Rotation, image_lengths, rotate, rotation
 
 # Linear layers that vLLM computes as one: name in the encoder, name here, part.
 _MERGED = (
@@ -45,6 +46,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         D, N, K = config.hidden_size, config.num_heads, head_size
         quantisation = vllm_config.quant_config
+        self.head_size = K
         self.qkv_proj = QKVParallelLinear(D, K, N, bias=True, quant_config=quantisation, prefix=f"{prefix}.qkv_proj")
         self.o_proj = RowParallelLinear(N * K, D, bias=True, quant_config=quantisation, prefix=f"{prefix}.o_proj")
         self.attn = EncoderOnlyAttention(
@@ -57,10 +59,12 @@ class SelfAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Output [T, D] of the block for its normalised input [T, D]."""
+    def forward(self, hidden_states: torch.Tensor, rotary: Rotation | None) -> torch.Tensor:
+        """Output [T, D] of the block for its normalised input [T, D]. rotary: [T, 1, H] each."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.chunk(3, dim=-1)
+        if rotary is not None:
+            q, k = (rotate(each.unflatten(-1, (-1, self.head_size)), *rotary).flatten(1) for each in (q, k))
         y_TD: torch.Tensor
         y_TD, _ = self.o_proj(self.attn(q, k, v))
         return y_TD
@@ -104,9 +108,9 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.eps)
         self.mlp = MLP(config, vllm_config, f"{prefix}.mlp")
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, rotary: Rotation | None) -> torch.Tensor:
         """The residual stream after the layer."""
-        x_TD = x_TD + self.self_attn(self.norm1(x_TD))
+        x_TD = x_TD + self.self_attn(self.norm1(x_TD), rotary)
         return x_TD + self.mlp(self.norm2(x_TD))
 
 
@@ -122,12 +126,17 @@ class Stack(nn.Module):
             Layer(config, hf_config.head_dim, vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_layers)
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.eps)
+        self.config = config
 
-    def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """States [T, D] after the final norm."""
-        x_TD = inputs_embeds
+    def forward(self, positions: torch.Tensor, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """States [T, D] after the final norm. positions: int64 [T], each in its own image."""
+        x_TD, rotary = inputs_embeds, None
+        if self.config.rope_theta is not None:
+            # In here, as graphs that vLLM captures in pieces read only its own buffers.
+            cos_TH, sin_TH = rotation(self.config, positions, image_lengths(positions))
+            rotary = cos_TH.to(x_TD.dtype).unsqueeze(1), sin_TH.to(x_TD.dtype).unsqueeze(1)
         for layer in self.layers:
-            x_TD = layer(x_TD)
+            x_TD = layer(x_TD, rotary)
         states_TD: torch.Tensor = self.norm(x_TD)
         return states_TD
 
@@ -200,7 +209,7 @@ class VisionModel(nn.Module, SupportsLoRA):
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed_input_ids(input_ids)
-        states_TD: torch.Tensor = self.model(inputs_embeds)
+        states_TD: torch.Tensor = self.model(positions, inputs_embeds)
         return states_TD
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

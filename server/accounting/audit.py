@@ -132,7 +132,7 @@ class AuditedCall:
         """Store the version that a stream is about, for its "completed" line."""
         self._known["version"] = version
 
-    async def completed(self, tenant: str, status: str, reason: str = "", response: Message | None = None) -> None:
+    async def completed(self, tenant: str, status: str, reason: str, response: Message | None) -> None:
         """Write down what came of a call. If that fails, its status stays as it is: the server's log has the line."""
         entry = self._entry("completed", tenant) | {"status": status}
         if reason:

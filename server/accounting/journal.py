@@ -82,7 +82,7 @@ class Journal:
             self._open(int(path.name.removeprefix(_NAME)))
         self._open(max((first - 1, *self._files)) + 1)
 
-    def append(self, line: bytes = b"") -> None:
+    def append(self, line: bytes) -> None:
         """Write earlier unwritten records, then this one. Raises OSError if not everything could be written."""
         self._unwritten = data = self._unwritten + line
         written = os.write(self._file, data)

@@ -140,7 +140,7 @@ class Usage:
                 # The records are still in the journal; the next round tries again.
                 self._grown = True
                 self._metrics.record_accounting_failure("usage")
-                logger.error("usage not summed up", extra={"fields": {"reason": str(error)}})
+                logger.error("usage not added up yet; trying again", extra={"fields": {"reason": str(error)}})
 
     def close(self) -> None:
         """Sum up the rest within a few seconds. The next start sums up later records. The folder stays locked."""
@@ -163,7 +163,7 @@ class Usage:
             self._journal.append(line)
         except OSError as error:
             self._metrics.record_accounting_failure("usage")
-            logger.error("usage not recorded yet", extra={"fields": {"reason": str(error)}})
+            logger.error("usage cannot be written yet; it waits in memory", extra={"fields": {"reason": str(error)}})
         self.stuck = self._journal.full
 
     def _periods_of(self, at: int) -> tuple[str, str]:

@@ -29,7 +29,7 @@ from server.rpc.health import Health
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.interceptor import CallInterceptor
 from server.rpc.listening import Listening, listen_for_probes
-from server.rpc.openinference import OpenInferenceServicer, Repository
+from server.rpc.openinference import OpenInferenceServicer
 from server.rpc.pictures import Decoding
 from server.rpc.tls import TLSError
 from server.rpc.usage_service import UsageServicer
@@ -125,8 +125,7 @@ class App:
             generates=settings.language_backbone is not None,
         )
         self._adapters_service = AdaptersServicer(self._admission)
-        repository = Repository(lambda: self._adapters_service.registry)
-        self._open_inference = OpenInferenceServicer(self._inference, self._admission, repository)
+        self._open_inference = OpenInferenceServicer(self._inference, self._admission, self._adapters_service)
         self._health = Health(settings.slow_reader_s)
         # Close these at the end, even if the start fails.
         self._on_disk = contextlib.ExitStack()
@@ -260,7 +259,7 @@ class App:
             rights = "is an admin" if local else "may ask every task, and nobody is an admin"
             logger.warning(f"no tenants file: everybody who reaches {settings.host} {rights}")
         elif settings.tls_certificate is None and not local:
-            logger.warning(f"no TLS on {settings.host}: keys and tokens can be read on their way")
+            logger.warning(f"no TLS on {settings.host}: keys and tokens travel unencrypted")
 
     def _open_metrics(self) -> tuple[int, Callable[[], None]]:
         host, port = self._settings.metrics_host, self._settings.metrics_port

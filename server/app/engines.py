@@ -3,7 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -92,7 +92,7 @@ class Engines:
             try:
                 await self.supervisors[lane].run()
             except EngineGaveUpError as error:
-                logger.error("giving up", extra={"fields": {"reason": str(error)}})
+                logger.error("the engine failed too often; giving up", extra={"fields": {"reason": str(error)}})
                 if not self._serving:
                     await self._give_up(error)
                 # The other engine continues to serve.
@@ -132,7 +132,8 @@ class Engines:
 
         return Supervisor(
             lambda: kind(settings, backbone, on_stats),
-            _Listener(self, lane),
+            partial(self._started, lane),
+            partial(self._lost, lane),
             hang_s=settings.engine_hang_s,
             max_failures=settings.engine_max_failures,
             window_s=settings.engine_failure_window_s,
@@ -146,7 +147,7 @@ class Engines:
         if not self._inference.catalog.tasks and not self._settings.allow_no_tasks:
             raise StartError(f"{self._settings.adapters}: no adapter there can be served; the log above says why")
 
-    async def started(self, lane: Lane, engine: BaseEngine) -> None:
+    async def _started(self, lane: Lane, engine: BaseEngine) -> None:
         """Load the serving versions into a new engine; start to serve once every engine has started."""
         await self._verifying
         residency = self.adapters.residencies[lane]
@@ -169,7 +170,7 @@ class Engines:
             self._admission.state = State.SERVING
             self._set_health(serving=True)
 
-    async def lost(self, lane: Lane, failure: EngineFailure) -> None:
+    async def _lost(self, lane: Lane, failure: EngineFailure) -> None:
         """Stop serving an engine's tasks until another engine runs."""
         self._serving.discard(lane)
         self._admission.lost.add(lane)
@@ -179,20 +180,6 @@ class Engines:
             self._set_health(serving=False)
         self._metrics.record_engine_restart(failure.kind, lane)
         self.adapters.residencies[lane].reset()
-
-
-@dataclass(frozen=True)
-class _Listener:
-    """Forwards one engine's events together with its lane."""
-
-    engines: Engines
-    lane: Lane
-
-    async def engine_started(self, engine: BaseEngine) -> None:
-        await self.engines.started(self.lane, engine)
-
-    async def engine_lost(self, failure: EngineFailure) -> None:
-        await self.engines.lost(self.lane, failure)
 
 
 def _freeze_objects() -> None:

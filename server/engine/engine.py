@@ -14,7 +14,7 @@ from server.engine.launch import launch
 from server.engine.processes import EngineProcesses
 from server.engine.stats import EngineStats, WorkerStats, worker_stats
 from server.errors import AdapterError, EngineDeadError
-from server.job import Delta, GenerationJob, Sampling, SoftTokens
+from server.job import Delta, GenerationJob, Lane, Sampling, SoftTokens
 from server.settings import Settings
 from server.telemetry.engine_stats import KvCache
 from server.telemetry.logs import get_logger
@@ -32,7 +32,7 @@ class EngineStartError(RuntimeError):
 class _Wait:
     """A wait of the current task for the engine: for a sequence's next tokens, or for an answer from between two steps.
 
-    It registers itself in `waits`. `lose` ends it with EngineDeadError.
+    It registers itself in `waits`. `lose` ends it with EngineDeadError; vLLM's own error becomes this one.
     """
 
     __slots__ = ("_lost", "_task", "_waits", "since")
@@ -53,6 +53,11 @@ class _Wait:
         if self._lost and isinstance(error, asyncio.CancelledError):
             self._task.uncancel()
             raise EngineDeadError from None
+        if isinstance(error, Exception):
+            from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+            if isinstance(error, VllmEngineDeadError):
+                raise EngineDeadError from None
 
     def lose(self) -> None:
         self._lost = True
@@ -178,16 +183,11 @@ class BaseEngine:
 
     async def _call(self, method: str, *arguments: Any) -> list[Any]:
         """A worker method's result from each rank of each engine."""
-        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
-
+        # vLLM's own `collective_rpc` returns only the first engine's results.
+        call = self._running.engine_core.call_utility_all_async
         with self._waiting(self._calls):
-            try:
-                # vLLM's own `collective_rpc` returns only the first engine's results.
-                call = self._running.engine_core.call_utility_all_async
-                engines = await call("collective_rpc", method, None, arguments, {})
-                return [result for ranks in engines for result in ranks]
-            except VllmEngineDeadError:
-                raise EngineDeadError from None
+            engines = await call("collective_rpc", method, None, arguments, {})
+        return [result for ranks in engines for result in ranks]
 
     def _waiting(self, waits: dict[_Wait, None]) -> _Wait:
         if self._lost:
@@ -224,7 +224,7 @@ class Engine(BaseEngine):
     prompts: PromptEncoder
 
     def _launch(self) -> Any:
-        llm = launch(self._settings, self._backbone, self._record_step)
+        llm = launch(self._settings, Lane.TEXT, self._backbone, self._record_step)
         self.prompts = PromptEncoder(llm.get_tokenizer())
         return llm
 
@@ -253,16 +253,14 @@ class Engine(BaseEngine):
         `of_tasks`: cache them separately from requests' own constraints. Returns the fewest tokens of an answer for
         each. Raises AdapterError if the engine refuses one.
         """
-        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
-
         call = self._running.engine_core.call_utility_all_async
-        with self._waiting(self._compilations):
-            try:
+        try:
+            with self._waiting(self._compilations):
                 fewest, *_ = await call("mtlora_compile", list(constraints), of_tasks)
-            except VllmEngineDeadError:
-                raise EngineDeadError from None
-            except Exception as error:
-                raise AdapterError(f"the engine did not take a type of answer: {error}") from error
+        except EngineDeadError:
+            raise
+        except Exception as error:
+            raise AdapterError(f"the engine refused a type of answer: {error}") from error
         return list(fewest)
 
     async def warm_up(self, slot: Any | None, *, short: bool = False) -> None:
@@ -303,7 +301,6 @@ class Engine(BaseEngine):
         soft: SoftTokens | None = None,
     ) -> AsyncGenerator[Delta, None]:
         from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
         if soft is None:
             prompt: Any = tokens_input(prompt_ids, cache_salt=cache_salt)
@@ -320,19 +317,16 @@ class Engine(BaseEngine):
             lora_request=slot,
             **(self._rank_of(prompt_ids[: extra[ACTIVATION_KEY]]) if extra else {}),
         )
-        try:
-            async with aclosing(outputs):
-                while True:
-                    with self._waiting(self._sequences):
-                        output = await anext(outputs, None)
-                    if output is None:
-                        return
-                    yield translation.delta(output, sampling, text_of)
-        except VllmEngineDeadError:
-            raise EngineDeadError from None
+        async with aclosing(outputs):
+            while True:
+                with self._waiting(self._sequences):
+                    output = await anext(outputs, None)
+                if output is None:
+                    return
+                yield translation.delta(output, sampling, text_of)
 
 
 def _check_loaded(states: Sequence[Sequence[str]]) -> None:
     for state, reason in states:
         if state == "failed":
-            raise AdapterError(f"the engine did not take it: {reason}")
+            raise AdapterError(f"the engine refused the adapter: {reason}")

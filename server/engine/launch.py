@@ -16,7 +16,7 @@ from mtlora.vllm_plugin.seams import available, require
 from server.engine import orphans
 from server.engine.stats import EngineStats, stat_logger
 from server.engine.threads import BIND, thread_environment
-from server.job import MAX_SCORED_TOKENS
+from server.job import MAX_SCORED_TOKENS, Lane
 from server.settings import Settings
 from server.telemetry.logs import get_logger
 
@@ -30,8 +30,11 @@ _IMAGE_SIZE = 112
 VISION_CACHE_BYTES = 64 << 20
 # Start engines one after the other, because vLLM's processes inherit the environment.
 _launching = threading.Lock()
-# Earlier values of the thread variables that the last launch changed.
+# Earlier values of the variables that the last launch changed for its engine alone.
 _before: dict[str, str | None] = {}
+# vLLM's second model runner, its default on GPUs, takes no prompts of embeddings for encoders
+# (vllm/v1/worker/gpu/model_states/encoder_only.py).
+_MODEL_RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 # GiB of KV cache on a CPU, unless a setting says otherwise.
 CPU_KV_CACHE_GIB = 1.0
 
@@ -40,38 +43,32 @@ CPU_KV_CACHE_GIB = 1.0
 _EAGER = {"TORCHDYNAMO_DISABLE": "1"}
 
 
-def launch(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> Any:
-    """Start vLLM's AsyncLLM, its processes included. Blocks for long; raises vLLM's errors."""
+def launch(settings: Settings, lane: Lane, backbone: Path, on_stats: Callable[[EngineStats], None]) -> Any:
+    """Start vLLM's AsyncLLM for a lane, its processes included. Blocks for long; raises vLLM's errors."""
     with _launching:
-        environment = partial(engine_environment, settings, place=0)
-        return _launch(environment, partial(_engine_args, settings, backbone), on_stats)
+        # Set the environment before the import of vLLM, which reads some variables at once.
+        _set_environment(settings, lane)
+        arguments = _engine_args if lane is Lane.TEXT else _vision_engine_args
+        return _launch(partial(arguments, settings, backbone), on_stats)
 
 
-def launch_vision(settings: Settings, backbone: Path, on_stats: Callable[[EngineStats], None]) -> Any:
-    """Like `launch`, for a vision backbone."""
-    with _launching:
-        environment = partial(engine_environment, settings, settings.vision_omp_threads_bind, 1, place=1)
-        return _launch(environment, partial(_vision_engine_args, settings, backbone), on_stats)
-
-
-def _launch(
-    make_environment: Callable[[], dict[str, str]],
-    make_arguments: Callable[[], dict[str, Any]],
-    on_stats: Callable[[EngineStats], None],
-) -> Any:
+def _set_environment(settings: Settings, lane: Lane) -> None:
+    """Set this process's variables for an engine, after those of another engine alone are set back."""
     for name, value in _before.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-    environment = make_environment()
+    environment = engine_environment(settings, lane)
     _before.clear()
-    placing = environment.keys() & {BIND, "OMP_NUM_THREADS", shared_cores.ENVIRONMENT}
-    _before.update({name: os.environ.get(name) for name in placing})
-    # Set them before the import of vLLM, which reads some variables at once.
+    own = environment.keys() & {BIND, "OMP_NUM_THREADS", shared_cores.ENVIRONMENT, _MODEL_RUNNER}
+    _before.update({name: os.environ.get(name) for name in own})
     os.environ.update(environment)
     # Reject vLLM's variable, which would silently override the setting.
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+
+
+def _launch(make_arguments: Callable[[], dict[str, Any]], on_stats: Callable[[EngineStats], None]) -> Any:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.executor import Executor
@@ -178,17 +175,12 @@ def _both(settings: Settings, max_num_seqs: int, on_cpu: bool) -> dict[str, Any]
     }
 
 
-def engine_environment(
-    settings: Settings, bind: str | None = None, ranks: int | None = None, *, place: int = 0
-) -> dict[str, str]:
-    """Environment variables for vLLM and its processes, which inherit them.
-
-    bind: the cores of its threads. ranks: its number of workers. Defaults are for the language backbone's engine.
-    place: 0 or 1 for two engines that share cores.
-    """
+def engine_environment(settings: Settings, lane: Lane) -> dict[str, str]:
+    """Environment variables for a lane's engine and its processes, which inherit them."""
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
-    sharing = _engines_share_cores(settings)
+    sharing, images = _engines_share_cores(settings), lane is Lane.IMAGES
+    bind = (settings.vision_omp_threads_bind if images else None) or settings.omp_threads_bind
     return {
         **wanted,
         # Keep logs off stdout, which has only the ready line.
@@ -204,14 +196,10 @@ def engine_environment(
         orphans.ENVIRONMENT_SWITCH: "1",
         # This server sends constraints itself.
         "MTLORA_TYPED_REQUESTS": "0",
+        **({_MODEL_RUNNER: "0"} if images else {}),
         **memory_environment(),
-        **(shared_cores.sharing_environment(place) if sharing else {}),
-        **thread_environment(
-            bind or settings.omp_threads_bind,
-            os.environ,
-            ranks or settings.ranks,
-            from_last=sharing and place == 1,
-        ),
+        **(shared_cores.sharing_environment(lane.value) if sharing else {}),
+        **thread_environment(bind, os.environ, 1 if images else settings.ranks, from_last=sharing and images),
     }
 
 

@@ -51,7 +51,7 @@ def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
         )
 
 
-def memory_needed(settings: Settings, backbone: Path, lane: Lane = Lane.TEXT) -> int:
+def memory_needed(settings: Settings, backbone: Path, lane: Lane) -> int:
     """Bytes of a lane's engines on a CPU once their KV caches are full."""
     from mtlora.vllm_cpu.precision import engine_dtype
 

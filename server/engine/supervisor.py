@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from mtlora.control_group import out_of_memory_kills
 from server.engine.engine import BaseEngine, EngineStartError
@@ -31,26 +31,29 @@ class EngineGaveUpError(Exception):
     """The engine failed too often to try again."""
 
 
-class Listener(Protocol):
-    """Called as soon as an engine is lost, and when another has started."""
-
-    async def engine_lost(self, failure: EngineFailure) -> None: ...
-    async def engine_started(self, engine: Any) -> None: ...
-
-
 class Supervisor:
     """`make` makes an engine that is not started yet. An engine fails if it dies, or makes no step for `hang_s` seconds
     while work waits. More than `max_failures` failures within `window_s` seconds end the supervision.
+
+    on_start: gets each engine that has started. on_loss: called as soon as an engine is lost.
 
     `load`, `unload` and `warm_up` go to the running engine.
     """
 
     def __init__(
-        self, make: Callable[[], BaseEngine], listener: Listener, *, hang_s: float, max_failures: int, window_s: float
+        self,
+        make: Callable[[], BaseEngine],
+        on_start: Callable[[Any], Awaitable[None]],
+        on_loss: Callable[[EngineFailure], Awaitable[None]],
+        *,
+        hang_s: float,
+        max_failures: int,
+        window_s: float,
     ) -> None:
         self.engine: BaseEngine | None = None
         self._make = make
-        self._listener = listener
+        self._on_start = on_start
+        self._on_loss = on_loss
         self._hang_s = hang_s
         self._max_failures = max_failures
         self._window_s = window_s
@@ -60,7 +63,7 @@ class Supervisor:
         self.starting = False
 
     async def start(self) -> None:
-        """Start an engine and hand it to the listener. Raises EngineStartError, or EngineDeadError if it dies."""
+        """Start an engine and hand it to `on_start`. Raises EngineStartError, or EngineDeadError if it dies."""
         engine = self.engine = self._make()
         self.starting = True
         self._kills = out_of_memory_kills()
@@ -68,7 +71,7 @@ class Supervisor:
             await asyncio.to_thread(engine.start)
         finally:
             self.starting = False
-        await self._or_failure(self._listener.engine_started(engine))
+        await self._or_failure(self._on_start(engine))
 
     async def run(self) -> None:
         """Watch the started engine and its successors. Ends only in EngineGaveUpError."""
@@ -111,7 +114,7 @@ class Supervisor:
     async def _replace(self, failure: EngineFailure) -> None:
         while True:
             logger.error("engine lost", extra={"fields": {"reason": failure.reason}})
-            await self._listener.engine_lost(failure)
+            await self._on_loss(failure)
             self._count_failure(failure.reason)
             await self._dispose()
             try:

@@ -92,10 +92,10 @@ def _more(more: MoreSampling) -> dict[str, Any]:
     }
 
 
-def delta(output: Any, sampling: Sampling, text_of: Callable[[Sequence[int]], str] | None = None) -> Delta:
+def delta(output: Any, sampling: Sampling, text_of: Callable[[Sequence[int]], str] | None) -> Delta:
     """A Delta of vLLM's RequestOutput. Raises EngineAbortedError if the engine ended the sequence by itself.
 
-    text_of: decodes tokens, if vLLM did not.
+    text_of: decodes tokens; None if vLLM did.
     """
     completion = output.outputs[0]
     reason = completion.finish_reason

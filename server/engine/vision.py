@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.engine.engine import BaseEngine
-from server.engine.launch import launch_vision
-from server.errors import EngineDeadError
+from server.engine.launch import launch
+from server.job import Lane
 
 
 class VisionEngine(BaseEngine):
@@ -28,7 +28,7 @@ class VisionEngine(BaseEngine):
         encoder = load_encoder(self._backbone)
         self._embeddings, self._config = encoder.embeddings, encoder.config
         self._prompt, self._feature, self._states = image_prompt, feature_params(), state_params()
-        llm = launch_vision(self._settings, self._backbone, self._record_step)
+        llm = launch(self._settings, Lane.IMAGES, self._backbone, self._record_step)
         self._dtype = llm.model_config.dtype
         return llm
 
@@ -61,17 +61,12 @@ class VisionEngine(BaseEngine):
         return await self._pooled(embeds_TD, self._states, None)
 
     async def _pooled(self, embeds_TD: Any, params: Any, slot: Any | None) -> NDArray[np.float32]:
-        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
-
         self._count += 1
         name = f"image-{self._count}"
         outputs = self._running.encode(self._prompt(embeds_TD), params, name, lora_request=slot)
-        try:
-            async with aclosing(outputs):
-                with self._waiting(self._sequences):
-                    output = await anext(outputs)
-        except VllmEngineDeadError:
-            raise EngineDeadError from None
+        async with aclosing(outputs):
+            with self._waiting(self._sequences):
+                output = await anext(outputs)
         found: NDArray[np.float32] = output.outputs.data.float().numpy()
         return found
 

@@ -48,7 +48,7 @@ def in_child(
         process.start()
     except (OSError, EOFError) as error:
         receiver.close()
-        raise ChildEndedError(f"no process for it: {error}") from None
+        raise ChildEndedError(f"cannot start a child process: {error}") from None
     finally:
         sender.close()
     running.add(process)

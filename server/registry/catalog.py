@@ -48,9 +48,7 @@ class Catalog:
         return self.ids[max(0, place - _NEAR) : place + _NEAR]
 
 
-def build_catalog(
-    records: Iterable[AdapterRecord], before: Catalog, failures: Iterable[AdapterFailure] = ()
-) -> Catalog:
+def build_catalog(records: Iterable[AdapterRecord], before: Catalog, failures: Iterable[AdapterFailure]) -> Catalog:
     """The table of serving versions, with the given `failures` and those of claims.
 
     A task that several adapters claim stays with the one that had it `before`, or else goes to the first by name. Every
@@ -72,7 +70,7 @@ def build_catalog(
             splits[task_id] = split
         for version in claimants:
             if version is not keeper:
-                reason = f"task {task_id} is {keeper.name}'s already; this claim to it is void"
+                reason = f"task {task_id} is served by adapter {keeper.name} already, so this adapter does not serve it"
                 contested.append(AdapterFailure(version.name, version.version, reason))
     return Catalog(
         MappingProxyType(tasks),

@@ -80,26 +80,12 @@ def check(root: Path, folder: Path, incoming: Path, backbones: "Backbones", limi
     Removes the provenance from the copy's manifest: it may be any JSON, and the server does not need it.
     """
     from mtlora.checkpoint.format import CheckpointError
-    from mtlora.checkpoint.read import MAX_MANIFEST_BYTES, check_answers, read_checkpoint, read_manifest
-    from mtlora.checkpoint.untrusted import open_file
+    from mtlora.checkpoint.read import check_answers, read_checkpoint, read_manifest
 
     real = folder.resolve()
     if not real.is_relative_to(root.resolve()):
         raise CheckpointError(f"{folder}: expected a folder inside {root}, found a link to {real}")
-    left = limits.max_bytes
-    for name in (MANIFEST_FILE, TENSORS_FILE):
-        with open_file(folder, name) as source, (incoming / name).open("xb") as copy:
-            # Check the size first: a sparse file may claim any size without using disk space.
-            size = os.fstat(source.fileno()).st_size
-            if name == MANIFEST_FILE and size > MAX_MANIFEST_BYTES:
-                raise CheckpointError(f"{folder / name}: found {size} bytes; allowed: up to {MAX_MANIFEST_BYTES}")
-            left -= size
-            if left < 0:
-                raise CheckpointError(
-                    f"{folder}: expected at most {limits.max_bytes} bytes in all, found {limits.max_bytes - left}"
-                )
-            # If a file grows meanwhile, RLIMIT_FSIZE ends the child.
-            shutil.copyfileobj(source, copy, _CHUNK)
+    _copy(folder, incoming, limits.max_bytes)
     try:
         backbone = _backbone_of(folder, read_manifest(incoming), backbones)
         manifest = read_checkpoint(incoming, backbone).manifest
@@ -112,17 +98,44 @@ def check(root: Path, folder: Path, incoming: Path, backbones: "Backbones", limi
         raise CheckpointError(str(error).replace(str(incoming), str(folder))) from None
     if len(manifest.tasks) > MAX_TASKS:
         raise CheckpointError(f"{folder}: tasks: expected at most {MAX_TASKS}, found {len(manifest.tasks)}")
-    for task in manifest.tasks:
-        tokens = limits.tokens
-        if tokens is not None and task.defaults and (largest := task.defaults.largest_token) >= tokens:
-            raise CheckpointError(
-                f"{folder}: task {task.id}: defaults: found token {largest}, expected those of the backbone, 0 to "
-                f"{tokens - 1}"
-            )
+    if limits.tokens is not None:
+        _check_defaults(folder, manifest, limits.tokens)
     content = hashlib.sha256((incoming / MANIFEST_FILE).read_bytes()).hexdigest()
     serving = manifest.model_copy(update={"training": {}, "evaluation": {}})
     (incoming / MANIFEST_FILE).write_text(serving.model_dump_json())
     return content
+
+
+def _copy(folder: Path, incoming: Path, max_bytes: int) -> None:
+    """Copy both files of a version. Raises CheckpointError if they are too large."""
+    from mtlora.checkpoint.format import CheckpointError
+    from mtlora.checkpoint.read import MAX_MANIFEST_BYTES
+    from mtlora.checkpoint.untrusted import open_file
+
+    left = max_bytes
+    for name in (MANIFEST_FILE, TENSORS_FILE):
+        with open_file(folder, name) as source, (incoming / name).open("xb") as copy:
+            # Check the size first: a sparse file may claim any size without using disk space.
+            size = os.fstat(source.fileno()).st_size
+            if name == MANIFEST_FILE and size > MAX_MANIFEST_BYTES:
+                raise CheckpointError(f"{folder / name}: found {size} bytes; allowed: up to {MAX_MANIFEST_BYTES}")
+            left -= size
+            if left < 0:
+                raise CheckpointError(f"{folder}: expected at most {max_bytes} bytes in all, found {max_bytes - left}")
+            # If a file grows meanwhile, RLIMIT_FSIZE ends the child.
+            shutil.copyfileobj(source, copy, _CHUNK)
+
+
+def _check_defaults(folder: Path, manifest: "AdapterManifest", tokens: int) -> None:
+    """Raise CheckpointError for a task whose defaults name a token that the backbone lacks. tokens: its vocabulary."""
+    from mtlora.checkpoint.format import CheckpointError
+
+    for task in manifest.tasks:
+        if task.defaults and (largest := task.defaults.largest_token) >= tokens:
+            raise CheckpointError(
+                f"{folder}: task {task.id}: defaults: found token {largest}, expected those of the backbone, 0 to "
+                f"{tokens - 1}"
+            )
 
 
 def _backbone_of(folder: Path, manifest: "AdapterManifest", backbones: "Backbones") -> "BackboneArchitecture":

@@ -159,7 +159,7 @@ class Registry:
         record = self._record(name)
         async with record.changing:
             if weights and record.serving is None:
-                raise NotPossibleError(f"{name}: nothing of it serves; Load it first")
+                raise NotPossibleError(f"{name}: no version serves; load one first")
             fresh: list[AdapterVersion] = []
             try:
                 for version in weights:
@@ -189,7 +189,7 @@ class Registry:
         """Keep an adapter's serving version in the engine. Raises NotPossibleError if pins fill the engine."""
         record = self._record(name)
         if record.serving is None:
-            raise NotPossibleError(f"{name}: nothing of it serves; Load it first")
+            raise NotPossibleError(f"{name}: no version serves; load one first")
         lane = record.serving.lane
         residency = self._residencies[lane]
         pinned = sum(
@@ -197,7 +197,7 @@ class Registry:
         )
         # Leave room for one version without a pin, so that all other versions can still be loaded.
         if not record.pinned and pinned >= residency.capacity - 1:
-            raise NotPossibleError(f"{pinned} adapters are pinned; adapter_slots allows no more")
+            raise NotPossibleError(f"{pinned} adapters are pinned; allowed: all but one of adapter_slots")
         record.pinned = True
         residency.prefetch(record.serving)
 
@@ -251,9 +251,9 @@ class Registry:
             pass
         except NoRoomError as error:
             fields = {"adapter": record.name, "reason": error.reason, "taken_by": error.taken}
-            logger.warning("an adapter waits for room", extra={"fields": fields})
+            logger.warning("an adapter waits for room in the engine", extra={"fields": fields})
         except Exception:
-            logger.error("an adapter is not followed", exc_info=True, extra={"fields": {"adapter": record.name}})
+            logger.error("an adapter was not updated", exc_info=True, extra={"fields": {"adapter": record.name}})
         finally:
             record.following = None
 
@@ -328,7 +328,7 @@ class Registry:
     def _record(self, name: str) -> AdapterRecord:
         if record := self.records.get(name):
             return record
-        raise UnknownAdapterError(f"no adapter {name!r}; there are {', '.join(sorted(self.records)) or 'none'}")
+        raise UnknownAdapterError(f"no adapter {name!r}; allowed: {', '.join(sorted(self.records)) or 'none'}")
 
     def _find(self, record: AdapterRecord, version: str) -> AdapterVersion:
         complete = {name: each for name, each in record.found.items() if each.found.complete}

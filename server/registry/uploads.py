@@ -105,7 +105,7 @@ class Uploads:
             raise invalid_argument(violations)
         if self._root is None or not self._max_uploads:
             why = "uploads are off (max_uploads)" if self._root else "this server has no folder of adapters of its own"
-            raise _not_possible(f"{why}; publish to where its adapters come from")
+            raise _not_possible(f"{why}; publish to the storage that the server reads its adapters from")
         upload = Incoming(self, self._root, announced, self._verify, self._storage)
         before = self.owners.get(upload.key)
         self.owners[upload.key] = upload
@@ -136,7 +136,7 @@ class Uploads:
                 others.append(other)
         if len(others) >= self._max_uploads:
             raise resource_exhausted(
-                f"{len(others)} uploads are unfinished, the most that are kept (max_uploads)", 60.0
+                f"{len(others)} uploads are unfinished, the limit of max_uploads; finish one, or wait a day", 60.0
             )
         upload.folder.mkdir(mode=0o700, exist_ok=True)
         upload.received = sum(path.stat().st_size for path in upload.files if path.exists())
@@ -168,14 +168,14 @@ class Incoming:
         """Add the next bytes."""
         if offset != self.received:
             raise invalid_argument(
-                [Violation("chunk.offset", f"found {offset}; allowed: {self.received}, what is there")]
+                [Violation("chunk.offset", f"found {offset}; allowed: {self.received}, the number of bytes received")]
             )
         if not data or offset + len(data) > self.announced.bytes:
             left = self.announced.bytes - offset
             raise invalid_argument([Violation("chunk.data", f"found {len(data)} bytes; allowed: 1 to {left}")])
         async with self.writing:
             if self._owners.get(self.key) is not self:
-                raise RequestFailedError(grpc.StatusCode.ABORTED, "another call goes on with this upload")
+                raise RequestFailedError(grpc.StatusCode.ABORTED, "another call has taken over this upload")
             await self.call(partial(self._write, offset, data))
         self.received += len(data)
 
@@ -208,7 +208,7 @@ class Incoming:
         except OSError as error:
             if error.errno in _READ_ONLY:
                 raise _not_possible(f"the folder of adapters cannot be written: {error.strerror}") from None
-            raise resource_exhausted(f"the folder of adapters takes nothing: {error}", 10.0) from None
+            raise resource_exhausted(f"the folder of adapters takes no more data: {error}", 10.0) from None
 
     def clear(self) -> None:
         """Delete the received bytes."""

@@ -17,7 +17,7 @@ The adapter's record decides which version should serve; a version's stage is it
 | SERVING | New requests begin on it: all, or a canary's share. | `Registry` |
 | DRAINING | No new request begins on it. It leaves the engine with its last. | `Lifecycle.retire` |
 | DRAINED | The end: neither files nor copy. | the end of a drain |
-| FAILED | It did not reach a stage. A Load by name tries again; the folder needs other files. | `Registry` |
+| FAILED | It did not reach the next stage. Changed files, or a Load by name, start a new try. | `Registry` |
 
 VANISHED (its files are gone) and UNLOADED (by a call) are only events, not stages that a version stays in.
 

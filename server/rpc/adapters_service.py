@@ -126,7 +126,7 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
                 if request.adapter in ("", event.name):
                     yield _event(event)
         except WatcherTooSlowError:
-            raise resource_exhausted("events came faster than they were read; watch again", 0.0) from None
+            raise resource_exhausted("events came faster than the client read them; call Watch again", 0.0) from None
 
     def _admit(self) -> None:
         require_admin(current_call.get().tenant)
@@ -182,7 +182,7 @@ def _stage(stage: Stage) -> Any:
 
 def _name(request: Any) -> str:
     if not request.adapter:
-        raise invalid_argument([Violation("adapter", "found none; List has those there are")])
+        raise invalid_argument([Violation("adapter", "found none; allowed: an adapter that List shows")])
     return str(request.adapter)
 
 
@@ -193,7 +193,7 @@ def _weights(weights: Mapping[str, int]) -> dict[str, int]:
         if weight > MAX_WEIGHT
     ]
     if weights and not any(weights.values()):
-        violations.append(Violation("weights", "found nothing but 0; allowed: one above 0, or no weights at all"))
+        violations.append(Violation("weights", "found only 0; allowed: one above 0, or no weights at all"))
     if violations:
         raise invalid_argument(violations)
     return {version: weight for version, weight in weights.items() if weight}
@@ -209,7 +209,7 @@ def statuses(name: str) -> Iterator[None]:
     except NotPossibleError as error:
         raise RequestFailedError(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
     except NoRoomError as error:
-        raise resource_exhausted(f"{name}: {error.reason}: {', '.join(error.taken)}", 5.0) from None
+        raise resource_exhausted(f"{name}: {error.reason}; in the engine: {', '.join(error.taken)}", 5.0) from None
     except StageError as error:
         message = f"{name}: not {error.stage.value}: {error.reason}"
         raise RequestFailedError(grpc.StatusCode.FAILED_PRECONDITION, message) from None

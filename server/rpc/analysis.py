@@ -46,7 +46,7 @@ class Analysis:
         """The items of a call, one per task. Raises INVALID_ARGUMENT or NOT_FOUND."""
         source = request.WhichOneof("source")
         if source is None or (source == "document" and not request.document.strip()):
-            found = "none" if source is None else "nothing but blanks"
+            found = "none" if source is None else "only blanks"
             raise invalid_argument([Violation("document", f"found {found}; allowed: a text, or a document_id")])
         items = text_items(self._service.find, [_request(each) for each in request.tasks], "tasks", "AnalyzeTask")
         known = self._documents.get(current_call.get().tenant, request.document_id) if source != "document" else None

@@ -6,7 +6,7 @@ addresses with this prefix.
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from ipaddress import IPv6Network
 from typing import Any, NoReturn
@@ -15,9 +15,9 @@ from urllib.parse import unquote
 import grpc
 
 from server.errors import RequestFailedError, Violation, invalid_argument, resource_exhausted, unavailable
+from server.rpc.wrapping import WrappingInterceptor, reading_handler
 from server.settings import Settings
 
-_SERVICE_PREFIX = "/grpc."
 _REFLECTION_S = 60.0
 
 
@@ -52,29 +52,20 @@ class AnonymousCalls:
                 del self._open[peer]
 
 
-class AnonymousInterceptor(grpc.aio.ServerInterceptor):
-    """Limits calls of health and reflection."""
+class AnonymousInterceptor(WrappingInterceptor):
+    """Limits calls of gRPC's own services, health and reflection."""
+
+    prefixes = ("/grpc.",)
 
     def __init__(self, calls: AnonymousCalls, settings: Settings) -> None:
+        super().__init__()
         self._calls = calls
         self._request_timeout_s = settings.request_timeout_s
-        self._wrapped: dict[str, Any] = {}
 
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
-        """Wrap the handlers of gRPC's own services."""
-        rpc = handler_call_details.method
-        if rpc not in self._wrapped:
-            handler = await continuation(handler_call_details)
-            if handler is None or not rpc.startswith(_SERVICE_PREFIX):
-                return handler
-            self._wrapped[rpc] = self._wrap(handler)
-        return self._wrapped[rpc]
-
-    def _wrap(self, handler: Any) -> Any:
+    def wrap(self, rpc: str, handler: Any) -> Any:
+        """A handler that answers as `handler` does, within the limits."""
         calls = self._calls
 
-        # Wrap unary calls as streams: for a unary handler, gRPC waits without limit for the message before it calls the
-        # handler.
         async def unary(_: Any, context: Any) -> Any:
             async with _ended_by_status(context), calls.held(context, self._request_timeout_s):
                 return await handler.unary_unary(await _read(context), context)
@@ -96,12 +87,8 @@ class AnonymousInterceptor(grpc.aio.ServerInterceptor):
                 async for answer in answers:
                     await context.write(answer)
 
-        make, behavior = (
-            (grpc.stream_stream_rpc_method_handler, converse if handler.request_streaming else watch)
-            if handler.response_streaming
-            else (grpc.stream_unary_rpc_method_handler, unary)
-        )
-        return make(behavior, handler.request_deserializer, handler.response_serializer)
+        stream = converse if handler.request_streaming else watch
+        return reading_handler(handler, stream if handler.response_streaming else unary, handler.request_deserializer)
 
 
 @asynccontextmanager

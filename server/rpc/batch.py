@@ -94,7 +94,7 @@ def text_items(
         raise invalid_argument([Violation(name, f"found {len(requests)}; allowed: 1 to {MAX_BATCH}")])
     items = []
     for index, each in enumerate(requests):
-        own = replace(call, request_id=f"{call.request_id}.{index}", method=method, audited=None)
+        own = call.item(index, method)
         task = find(each.task_id, own)
         items.append(TextItem(each, task, own, samples_of(each, task), index))
     if (sequences := sum(item.samples for item in items)) > MAX_BATCH:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,8 +83,7 @@ class Classification:
                     turn.served(0, now)
             self._answer(feature_F)
         except BaseException as error:
-            if call.genai:
-                call.genai.failed(job, call.error_type(error), time.monotonic() - call.received)
+            call.failed(job, error)
             raise
         self.total_s = now - call.received
         self.metrics.observe_e2e(call.tenant.id, self.total_s, call.exemplar)
@@ -104,7 +103,7 @@ class Classification:
         head = task.version.heads[task.spec.id]
         logits = head.logits(feature_F)
         if not all(map(math.isfinite, logits)):
-            raise EngineAbortedError("its numbers are not finite")
+            raise EngineAbortedError("the image's logits are not finite")
         found = tempered(logits, (self.calibrated and task.calibration) or 1.0)
         self.probabilities = sorted(zip(task.spec.labels or (), found, strict=True), key=lambda each: -each[1])
 
@@ -138,7 +137,6 @@ class Classifier:
         decoding: Decoding,
         position_cost: float,
     ) -> None:
-        self.find = service.find
         self._service = service
         self._scheduler = scheduler
         self._metrics = metrics
@@ -167,14 +165,13 @@ class Classifier:
         """Items of the current call."""
         call, items = current_call.get(), list[ImageItem]()
         for index, (task, picture) in enumerate(asked):
-            own = replace(call, request_id=f"{call.request_id}.{index}", method=method, task=task.spec.id, audited=None)
+            own = call.item(index, method)
+            own.task = task.spec.id
             items.append(Item(picture, task, own, 1, index))
         return items
 
     def _task(self, task_id: str, where: str) -> ServedTask:
-        task = self.find(task_id)
-        if task is None:
-            raise self._service.not_found(task_id)
+        task = self._service.task(task_id)
         if task.spec.image is None:
             found = f"found {task_id!r}, a task of texts; allowed: tasks of images (Generate asks tasks of texts)"
             raise invalid_argument([Violation(where, found)])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from server.errors import RequestFailedError, not_found
+from server.errors import not_found
 from server.settings import Settings
 from server.tenants import Tenant
 
@@ -88,7 +88,7 @@ class Documents:
         held = self._held.get(tenant.id)
         document = held.get(document_id) if held else None
         if document is None:
-            raise document_not_found(document_id)
+            raise not_found("mtlora.v1.Document", document_id, "no such document now; send its text again")
         self._use(tenant, document_id)
         return document
 
@@ -111,8 +111,3 @@ class Documents:
         self._bytes[tenant_id] -= held.pop(document_id).num_bytes
         if not held:
             del self._held[tenant_id], self._bytes[tenant_id]
-
-
-def document_not_found(document_id: str) -> RequestFailedError:
-    """The failure for an id that names none of the caller's documents."""
-    return not_found("mtlora.v1.Document", document_id, "no such document now; send its text again")

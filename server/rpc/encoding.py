@@ -7,6 +7,7 @@ from google.rpc import status_pb2
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from mtlora.parameters import TaskDefaults
+from mtlora.task import TaskSpec
 from mtlora.vision.image_input import ImagePreparation
 from server.job import Delta, ServedTask, TokenLogprob, TokenLogprobs
 from server.rpc import answers
@@ -20,33 +21,31 @@ _FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LEN
 
 def task(served: ServedTask) -> pb.Task:
     spec = served.spec
-    if spec.image is not None:
-        return pb.Task(
-            id=spec.id,
-            description=spec.description,
-            allowed_answers=spec.labels or (),
-            adapter_name=served.adapter_name,
-            adapter_version=served.adapter_version,
-            answer=answers.message(spec.answer_type) if spec.answer_type else None,
-            calibration=served.calibration,
-            activation=served.activation,
-            image=_preparation(spec.image),
-        )
-    return pb.Task(
+    message = pb.Task(
         id=spec.id,
         description=spec.description,
+        allowed_answers=spec.labels or (),
+        adapter_name=served.adapter_name,
+        adapter_version=served.adapter_version,
+        answer=answers.message(spec.answer_type) if spec.answer_type else None,
+        calibration=served.calibration,
+        activation=served.activation,
+        image=_preparation(spec.image) if spec.image else None,
+    )
+    if spec.image is None:
+        message.MergeFrom(_text_fields(spec))
+    return message
+
+
+def _text_fields(spec: TaskSpec) -> pb.Task:
+    """The fields of tasks that generate a text."""
+    return pb.Task(
         template=spec.template,
         fields=spec.fields,
         stop=spec.stop,
         max_new_tokens=spec.max_new_tokens,
-        allowed_answers=spec.labels or (),
-        adapter_name=served.adapter_name,
-        adapter_version=served.adapter_version,
         answer_marker=spec.answer_marker or "",
-        answer=answers.message(spec.answer_type) if spec.answer_type else None,
-        calibration=served.calibration,
         document_template=spec.document_template or "",
-        activation=served.activation,
         picture=_preparation(spec.picture) if spec.picture else None,
         defaults=_parameters(spec.defaults) if spec.defaults else None,
     )
@@ -72,14 +71,22 @@ def _parameters(defaults: TaskDefaults) -> pb.GenerationParameters:
 
 def response(generation: Generation) -> pb.GenerateResponse:
     return pb.GenerateResponse(
-        text=generation.answer,
+        **_content(generation),
         summary=summary(generation),
-        logprobs=[token_logprobs(token) for token in generation.logprobs],
-        reasoning=generation.reasoning.strip() if generation.job.include_reasoning else "",
-        token_ids=generation.token_ids if generation.job.return_token_ids else (),
         prompt_logprobs=[token_logprobs(token) for token in generation.prompt_logprobs],
         answer_type=generation.job.answer_type,
     )
+
+
+def _content(generation: Generation) -> dict[str, Any]:
+    """The fields that an answer and a sample share."""
+    job = generation.job
+    return {
+        "text": generation.answer,
+        "logprobs": [token_logprobs(token) for token in generation.logprobs],
+        "reasoning": generation.reasoning.strip() if job.include_reasoning else "",
+        "token_ids": generation.token_ids if job.return_token_ids else (),
+    }
 
 
 def item_response(item: TextItem) -> pb.GenerateResponse:
@@ -103,13 +110,9 @@ def batch_item(item: TextItem) -> pb.BatchItem:
 
 
 def _sample(generation: Generation) -> pb.Sample:
-    job = generation.job
     return pb.Sample(
-        text=generation.answer,
+        **_content(generation),
         finish_reason=_FINISH_REASONS[generation.finish_reason or "length"],
-        logprobs=[token_logprobs(token) for token in generation.logprobs],
-        reasoning=generation.reasoning.strip() if job.include_reasoning else "",
-        token_ids=generation.token_ids if job.return_token_ids else (),
         cumulative_logprob=generation.cumulative_logprob,
         working_tokens=generation.working_tokens,
         completion_tokens=generation.completion_tokens,
@@ -143,9 +146,7 @@ def summary(generation: Generation) -> pb.Summary:
         working_tokens=generation.working_tokens,
         completion_tokens=generation.completion_tokens,
     )
-    message.timings.queue.FromNanoseconds(int(generation.queue_s * 1e9))
-    message.timings.time_to_first_token.FromNanoseconds(int(generation.ttft_s * 1e9))
-    message.timings.total.FromNanoseconds(int(generation.total_s * 1e9))
+    _set_timings(message.timings, generation.queue_s, generation.ttft_s, generation.total_s)
     return message
 
 
@@ -155,9 +156,8 @@ def _sum_up(message: pb.Summary, drawn: Sequence[Generation]) -> None:
     message.cached_tokens = sum(each.cached_tokens for each in drawn)
     message.working_tokens = sum(each.working_tokens for each in drawn)
     message.completion_tokens = sum(each.completion_tokens for each in drawn)
-    message.timings.queue.FromNanoseconds(int(min(each.queue_s for each in drawn) * 1e9))
-    message.timings.time_to_first_token.FromNanoseconds(int(min(each.ttft_s for each in drawn) * 1e9))
-    message.timings.total.FromNanoseconds(int(max(each.total_s for each in drawn) * 1e9))
+    queue_s, first_s = (min(getattr(each, name) for each in drawn) for name in ("queue_s", "ttft_s"))
+    _set_timings(message.timings, queue_s, first_s, max(each.total_s for each in drawn))
 
 
 def score(item: TextItem | ImageItem) -> pb.InputScore:
@@ -196,10 +196,14 @@ def _image_summary(found: Classification) -> pb.Summary:
         finish_reason=_FINISH_REASONS[found.finish_reason],
         prompt_tokens=len(found.job.prompt_ids),
     )
-    message.timings.queue.FromNanoseconds(int(found.queue_s * 1e9))
-    message.timings.time_to_first_token.FromNanoseconds(int(found.total_s * 1e9))
-    message.timings.total.FromNanoseconds(int(found.total_s * 1e9))
+    _set_timings(message.timings, found.queue_s, found.total_s, found.total_s)
     return message
+
+
+def _set_timings(timings: pb.Timings, queue_s: float, first_token_s: float, total_s: float) -> None:
+    timings.queue.FromNanoseconds(int(queue_s * 1e9))
+    timings.time_to_first_token.FromNanoseconds(int(first_token_s * 1e9))
+    timings.total.FromNanoseconds(int(total_s * 1e9))
 
 
 def token_logprobs(token: TokenLogprobs) -> pb.TokenLogprobs:

@@ -96,8 +96,7 @@ class Generation:
         try:
             await self._run(engine, scheduler, residency, emit, reserved)
         except BaseException as error:
-            if call.genai:
-                call.genai.failed(self.job, call.error_type(error), time.monotonic() - call.received)
+            call.failed(self.job, error)
             raise
         self.metrics.observe_e2e(call.tenant.id, self.total_s, call.exemplar)
         if call.trace:

@@ -50,7 +50,9 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Any) -> health_pb2.HealthCheckResponse:
         """The status of a name. NOT_FOUND for an unknown one."""
         if request.service not in self._statuses:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"found service {request.service[:64]!r}")
+            allowed = ", ".join(name or "an empty name" for name in self._statuses)
+            found = f"service: found {request.service[:64]!r}; allowed: {allowed}"
+            await context.abort(grpc.StatusCode.NOT_FOUND, found)
         return health_pb2.HealthCheckResponse(status=self._statuses[request.service])
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:

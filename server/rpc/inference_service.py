@@ -14,12 +14,11 @@ from server.accounting import Usage
 from server.call import Call, current_call
 from server.engine import Engine
 from server.errors import RequestFailedError, Violation, invalid_argument, task_not_found
-from server.job import ServedTask
+from server.job import GenerationJob, ServedTask
 from server.registry.catalog import Catalog
 from server.registry.residency import Residency
 from server.rpc import encoding
 from server.rpc.analysis import Analysis, led
-from server.rpc.answers import OwnTypes
 from server.rpc.batch import (
     TOKENIZE_APART_BYTES,
     UNARY_DELTA_TOKENS,
@@ -34,6 +33,7 @@ from server.rpc.classify import Classifier, classifying
 from server.rpc.documents import Document, Documents
 from server.rpc.generation import Generation
 from server.rpc.listing import page_of, page_token
+from server.rpc.own_types import OwnTypes
 from server.rpc.pictures import Decoding
 from server.rpc.pieces import in_pieces
 from server.rpc.scoring import scored_items, scored_pictures, scoring
@@ -148,17 +148,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         return pb.ClassifyResponse(results=results)
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
-        task = self.find(request.task_id)
-        if task is None:
-            raise self.not_found(request.task_id)
+        task = self.task(request.task_id)
         if task.spec.image is not None:
             pictures = self.classifier.of(scored_pictures(request, task), "ScoreItem")
             await finish(self.classifier.batches.run(pictures, classifying(calibrated=not request.uncalibrated)))
             return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(pictures)])
         texts = scored_items(request, task, current_call.get())
-        backend = self.backend
-        score = scoring(backend.engine.prompts, backend.limits.max_model_len, calibrated=not request.uncalibrated)
-        await finish(self.batches.run(texts, score))
+        await finish(self.batches.run(texts, scoring(self.backend, calibrated=not request.uncalibrated)))
         return pb.ScoreResponse(scores=[encoding.score(item) async for item in in_pieces(texts)])
 
     async def GenerateStream(
@@ -210,10 +206,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         call.task = task_id
         return task
 
+    def task(self, task_id: str) -> ServedTask:
+        """Like `find`, for the current call. Raises `not_found`."""
+        task = self.find(task_id)
+        if task is None:
+            raise self.not_found(task_id)
+        return task
+
     def not_found(self, task_id: str) -> RequestFailedError:
         """The failure for a task that `find` refuses; the same for a missing task and for a forbidden one."""
         if not task_id:
-            return invalid_argument([Violation("task_id", "found none; ListTasks has those that can be asked")])
+            return invalid_argument([Violation("task_id", "found none; allowed: a task that ListTasks shows")])
         tenant = current_call.get().tenant
         return task_not_found(task_id, filter(tenant.allows, self.catalog.near(task_id)))
 
@@ -246,45 +249,57 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         Raises NOT_FOUND or INVALID_ARGUMENT.
         """
         call = call or current_call.get()
-        if task is None and (request.task_id or not self._generates):
-            raise self.not_found(request.task_id)
-        if task is not None and task.spec.image is not None:
-            found = (
-                f"found {task.spec.id!r}, a task of images; allowed: tasks of texts (Classify and Score take images)"
-            )
-            raise invalid_argument([Violation("task_id", found)])
+        self._check_generates(request, task)
         # Tenants do not share cached blocks by default, because answer times would reveal another tenant's prompts.
         cache_salt = None if self._directory.current.share_prefix_cache else call.tenant.id
         own = None
         if request.HasField("answer"):
-            own = await self._own_types.hold(request, task.spec if task else None, call.tenant, self.backend.engine)
+            spec = task.spec if task else None
+            own = await self._own_types.constraint(request, spec, call.tenant, self.backend.engine)
         sight = None
         if task is not None and task.spec.picture is not None and not request.without_adapter:
             sight = Sight(request, task, self.classifier)
-        received = Received(
-            request,
-            task,
-            call.tenant,
-            cache_salt=cache_salt,
-            delta_tokens=delta_tokens,
-            stream=stream,
-            own=own,
-            document=document,
-            sight=sight,
+        job = await self._job(
+            Received(
+                request,
+                task,
+                call.tenant,
+                cache_salt=cache_salt,
+                delta_tokens=delta_tokens,
+                stream=stream,
+                own=own,
+                document=document,
+                sight=sight,
+            ),
+            apart=apart,
         )
-        work = partial(validate, received, self.backend.engine.prompts, self.backend.limits)
-        if apart or request.ByteSize() > TOKENIZE_APART_BYTES:
-            job = await self._tokenizing.run(call.tenant, request.ByteSize(), work)
-        else:
-            job = work()
-        if isinstance(job, list):
-            raise invalid_argument(job)
         if sight is not None:
             sight.check()
         if self._log_prompts:
             prompt = self.backend.engine.prompts.tokenizer.decode(job.prompt_ids)
             logger.info("prompt", extra={"fields": {"request_id": call.request_id, "prompt": prompt}})
         return Generation(job, call, self._metrics, sight)
+
+    def _check_generates(self, request: pb.GenerateRequest, task: ServedTask | None) -> None:
+        """Raise NOT_FOUND, or INVALID_ARGUMENT for a task of images."""
+        if task is None and (request.task_id or not self._generates):
+            raise self.not_found(request.task_id)
+        if task is not None and task.spec.image is not None:
+            allowed = "tasks of texts (Classify and Score take images)"
+            found = f"found {task.spec.id!r}, a task of images; allowed: {allowed}"
+            raise invalid_argument([Violation("task_id", found)])
+
+    async def _job(self, received: Received, *, apart: bool) -> GenerationJob:
+        """The job of a request, tokenized here or in a thread. Raises INVALID_ARGUMENT."""
+        size = received.request.ByteSize()
+        work = partial(validate, received, self.backend.engine.prompts, self.backend.limits)
+        if apart or size > TOKENIZE_APART_BYTES:
+            job = await self._tokenizing.run(received.tenant, size, work)
+        else:
+            job = work()
+        if isinstance(job, list):
+            raise invalid_argument(job)
+        return job
 
     @contextmanager
     def version_for(

@@ -29,13 +29,13 @@ from server.errors import (
 )
 from server.rpc.anonymous import AnonymousCalls, end_of_messages
 from server.rpc.failures import failure_of
+from server.rpc.wrapping import WrappingInterceptor, reading_handler
 from server.settings import Settings
 from server.telemetry.metrics import Metrics
 from server.telemetry.tracing import Tracer
 from server.tenants import Tenant
 
 REQUEST_ID_KEY = "x-request-id"
-_SERVICE_PREFIXES = ("/mtlora.v1.", "/inference.")
 _OPEN = {"/inference.GRPCInferenceService/ServerLive", "/inference.GRPCInferenceService/ServerReady"}
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]{0,63}")
 
@@ -49,8 +49,10 @@ Authenticate = Callable[[Any, Any], Awaitable[Tenant]]
 CountRequest = Callable[[Tenant], None]
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
+class CallInterceptor(WrappingInterceptor):
     """Wraps every call; limits seconds without its message or without a reader, and a tenant's open calls."""
+
+    prefixes = ("/mtlora.v1.", "/inference.")
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         usage: Usage,
         audit: AuditLog,
     ) -> None:
+        super().__init__()
         self._metrics = metrics
         self._authenticate = authenticate
         self._count_request = count_request
@@ -76,22 +79,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Twice the limit of admission, so that the fair queue chooses which request to refuse.
         self._max_open = 2 * settings.in_flight_limit + _MESSAGES_UNDER_WAY
         self._open: dict[str, int] = {}
-        self._wrapped: dict[str, Any] = {}
 
-    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
-        """Wrap the handlers of the contracts."""
-        rpc = handler_call_details.method
-        if rpc in self._wrapped:
-            return self._wrapped[rpc]
-        handler = await continuation(handler_call_details)
-        if handler is None or not rpc.startswith(_SERVICE_PREFIXES):
-            return handler
-        self._wrapped[rpc] = self._wrap(rpc, handler)
-        return self._wrapped[rpc]
+    def wrap(self, rpc: str, handler: Any) -> Any:
+        """A handler that answers as `handler` does, with what every call gets around it."""
 
-    def _wrap(self, rpc: str, handler: Any) -> Any:
-        # Wrap unary calls as streams: for a unary handler, gRPC waits without limit for the message before it calls the
-        # handler.
         async def unary(_: Any, context: Any) -> Any:
             return await self._answer(rpc, context, handler.unary_unary)
 
@@ -99,24 +90,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def stream(_: Any, context: Any) -> None:
             await self._answer(rpc, context, write_all)
 
+        def answers(request: Any, context: Any) -> Any:
+            if handler.request_streaming:
+                return handler.stream_stream(self._messages(request, context), context)
+            return handler.unary_stream(request, context)
+
         async def write_all(request: Any, context: Any) -> None:
-            async with aclosing(handler.unary_stream(request, context)) as messages:
+            async with aclosing(answers(request, context)) as messages:
                 async for message in messages:
                     await self._write(context, message)
 
-        async def converse_all(request: Any, context: Any) -> None:
-            async with aclosing(handler.stream_stream(self._messages(request, context), context)) as messages:
-                async for message in messages:
-                    await self._write(context, message)
-
-        if handler.request_streaming:
-            write_all = converse_all
-        make, behavior = (
-            (grpc.stream_stream_rpc_method_handler, stream)
-            if handler.response_streaming
-            else (grpc.stream_unary_rpc_method_handler, unary)
-        )
-        return make(behavior, _forgiving(handler.request_deserializer), handler.response_serializer)
+        behavior = stream if handler.response_streaming else unary
+        return reading_handler(handler, behavior, _forgiving(handler.request_deserializer))
 
     async def _messages(self, first: Any, context: Any) -> AsyncIterator[Any]:
         """Yield the messages of a client stream; each must arrive in time."""

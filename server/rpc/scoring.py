@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mtlora_pb.v1 import inference_pb2 as pb
 
@@ -17,6 +17,9 @@ from server.job import GenerationJob, ServedTask, TokenLogprobs
 from server.rpc.batch import Expand, TextItem
 from server.rpc.generation import Generation
 from server.rpc.pictures import Picture
+
+if TYPE_CHECKING:
+    from server.rpc.inference_service import TextBackend
 
 # Most inputs of one call.
 MAX_SCORED = 256
@@ -89,8 +92,9 @@ class Scoring(Generation):
         return replace(self.job, prompt_ids=prompt_ids, sampling=sampling, further=further)
 
 
-def scoring(prompts: PromptEncoder, max_model_len: int, *, calibrated: bool) -> Expand[Generation]:
-    """The function that makes an item's scoring of its task's labels."""
+def scoring(backend: "TextBackend", *, calibrated: bool) -> Expand[Generation]:
+    """The function that makes an item's scoring of its task's labels. calibrated: apply the task's temperature."""
+    prompts, max_model_len = backend.engine.prompts, backend.limits.max_model_len
     return lambda first: [Scoring.of(first, prompts, max_model_len, calibrated=calibrated)]
 
 
@@ -115,11 +119,10 @@ def scored_items(request: pb.ScoreRequest, task: ServedTask, call: Call) -> list
     _check_inputs(request, "text", "chat", "fields")
     items = []
     for index, each in enumerate(request.inputs):
-        own = replace(call, request_id=f"{call.request_id}.{index}", method="ScoreItem", audited=None)
         one = pb.GenerateRequest(task_id=request.task_id, routing_key=each.routing_key)
         if given := each.WhichOneof("input"):
             one.MergeFrom(pb.GenerateRequest(**{given: getattr(each, given)}))
-        items.append(TextItem(one, task, own, 1, index))
+        items.append(TextItem(one, task, call.item(index, "ScoreItem"), 1, index))
     return items
 
 

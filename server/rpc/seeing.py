@@ -45,6 +45,6 @@ class Sight:
                 num_prefix = self._classifier.running().engine.num_prefix
                 rows_SD = self._task.version.projector.soft_tokens(states_TD, num_prefix)
                 if not np.isfinite(rows_SD).all():
-                    raise EngineAbortedError("its numbers are not finite")
+                    raise EngineAbortedError("the image's soft tokens are not finite")
                 self._seen = SoftTokens(self.at, rows_SD)
             return self._seen

@@ -64,9 +64,9 @@ class Certificates:
         try:
             self._fresh = self._read()
         except TLSError as error:
-            logger.error("certificates refused, the old ones stay", extra={"fields": {"reason": str(error)}})
+            logger.error("certificates refused; the old ones stay in use", extra={"fields": {"reason": str(error)}})
         else:
-            logger.info("certificates read anew", extra={"fields": {"certificate": str(self.path)}})
+            logger.info("certificates reloaded", extra={"fields": {"certificate": str(self.path)}})
 
     def _read(self) -> Any:
         try:

@@ -13,8 +13,8 @@ from mtlora.task import TaskSpec, template_fields
 from server.errors import Violation
 from server.job import GenerationJob, Sampling, ServedTask
 from server.rpc import parameters as more
-from server.rpc.answers import Held
 from server.rpc.documents import Document
+from server.rpc.own_types import AnswerConstraint
 from server.tenants import OPEN_TENANT, Tenant
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Received:
     cache_salt: str | None = None
     delta_tokens: int = 1
     stream: bool = False
-    own: Held | None = None
+    own: AnswerConstraint | None = None
     document: Document | None = None
     sight: "Sight | None" = None
 
@@ -68,11 +68,11 @@ def validate(received: Received, prompts: PromptEncoder, limits: PromptLimits) -
         return [prompt]
     if violation := _violation_beside(received, values, len(prompt.ids), limits):
         return [violation]
-    held = received.own or _held(received.request, task)
-    plain = _job(received, task, prompt, held, limits)
+    constraint = received.own or _constraint(received.request, task)
+    plain = _job(received, task, prompt, constraint, limits)
     job = plain if values is None else _with_more(plain, values, limits.vocab_size)
-    if held and not isinstance(job, list):
-        return list(_type_violations(job.sampling, task.spec, held)) or job
+    if constraint and not isinstance(job, list):
+        return list(_type_violations(job.sampling, task.spec, constraint)) or job
     return job
 
 
@@ -90,7 +90,7 @@ def _violations(
     """What can be said before the prompt is encoded."""
     request, task = received.request, received.task
     if task is None:
-        yield Violation("task_id", "found none; ListTasks has those that can be asked")
+        yield Violation("task_id", "found none; allowed: a task that ListTasks shows")
     if received.document is not None and task is not None:
         yield from _task_violations(request.fields, task, received.document)
     else:
@@ -115,8 +115,8 @@ def _violation_beside(
     if asked > room:
         return Violation(
             "parameters.max_new_tokens",
-            f"found {asked}; allowed: 1 to {room}, what {prompt_tokens} prompt tokens leave of the context of "
-            f"{limits.max_model_len}",
+            f"found {asked}; allowed: 1 to {room}, as the prompt takes {prompt_tokens} of the context's "
+            f"{limits.max_model_len} tokens",
         )
     return None
 
@@ -204,17 +204,17 @@ def _image_violations(request: pb.GenerateRequest, task: TaskSpec) -> Iterator[V
 def _text_violations(text: str, task: TaskSpec | None) -> Iterator[Violation]:
     if task and task.picture and not task.fields:
         if text:
-            yield Violation("text", f"found a text; allowed: none, as task {task.id} takes its image alone")
+            yield Violation("text", f"found a text; allowed: none, as task {task.id} takes only an image")
         return
     if not text.strip():
-        yield Violation("text", "found nothing but blanks; allowed: a text")
+        yield Violation("text", "found only blanks; allowed: a text")
     if task and len(task.fields) != 1:
         yield Violation("text", f"task {task.id} takes the fields {', '.join(task.fields)}; allowed: fields with these")
 
 
 def _fields_violations(fields: pb.TemplateFields, task: TaskSpec | None) -> Iterator[Violation]:
     if not any(value.strip() for value in fields.values.values()) and not (task and task.picture and not task.fields):
-        yield Violation("fields", "found nothing but blanks; allowed: a text in at least one field")
+        yield Violation("fields", "found only blanks; allowed: a text in at least one field")
     if task:
         yield from _named_violations(fields, task, task.fields)
 
@@ -267,10 +267,10 @@ def _chat_violations(chat: pb.Chat, prompts: PromptEncoder) -> Iterator[Violatio
         elif message.role == "system" and index > 0:
             yield Violation(f"{where}.role", "found 'system' after the first message; allowed: user, assistant")
         if not message.content.strip():
-            yield Violation(f"{where}.content", "found nothing but blanks; allowed: a text")
+            yield Violation(f"{where}.content", "found only blanks; allowed: a text")
         if found := prompts.reserved_in(message.content):
             what = f"found {found[0]}, a special token or a mark of the chat template"
-            yield Violation(f"{where}.content", f"{what}; allowed: a text without any")
+            yield Violation(f"{where}.content", f"{what}; allowed: a text without special tokens and marks")
     if chat.messages and chat.messages[-1].role in ("system", "assistant"):
         where = f"chat.messages[{len(chat.messages) - 1}]"
         yield Violation(f"{where}.role", f"found {chat.messages[-1].role!r} in the last message; allowed: user")
@@ -327,22 +327,22 @@ def _render_chat(request: pb.GenerateRequest, prompts: PromptEncoder) -> str:
     return prompts.render_chat([{"role": each.role, "content": each.content} for each in request.chat.messages])
 
 
-def _held(request: pb.GenerateRequest, task: ServedTask) -> Held | None:
+def _constraint(request: pb.GenerateRequest, task: ServedTask) -> AnswerConstraint | None:
     """The constraint of the task's type."""
-    constraint = task.spec.constraint(without_adapter=request.without_adapter)
-    if constraint is None or request.free:
+    found = task.spec.constraint(without_adapter=request.without_adapter)
+    if found is None or request.free:
         return None
     fewest = task.version.fewest if task.version is not None else None
-    return Held(constraint.text, constraint.type.name, fewest[task.spec.id] if fewest else 1)
+    return AnswerConstraint(found.text, found.type.name, fewest[task.spec.id] if fewest else 1)
 
 
-def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator[Violation]:
+def _type_violations(sampling: Sampling, task: TaskSpec, constraint: AnswerConstraint) -> Iterator[Violation]:
     """Violations that would cut an answer before its type allows an end."""
-    if sampling.max_new_tokens < held.fewest:
+    if sampling.max_new_tokens < constraint.fewest_tokens:
         yield Violation(
             "parameters.max_new_tokens",
-            f"found {sampling.max_new_tokens}, the tenant's limit and the context included; allowed: {held.fewest} or "
-            "more, which the shortest answer of this type takes",
+            f"found {sampling.max_new_tokens}, after the limits of tenant and context; allowed: "
+            f"{constraint.fewest_tokens} or more, as the shortest answer of this type takes so many tokens",
         )
     if other := [stop for stop in sampling.stop if stop not in task.stop]:
         allowed = (
@@ -353,12 +353,12 @@ def _type_violations(sampling: Sampling, task: TaskSpec, held: Held) -> Iterator
         if getattr(sampling.more, name):
             yield Violation(
                 f"parameters.{name}",
-                "found beside an answer type; allowed: this parameter with `free`, or the type without it",
+                "found together with a type of answer; allowed: only with `free`",
             )
 
 
 def _job(
-    received: Received, task: ServedTask, prompt: _Prompt, held: Held | None, limits: PromptLimits
+    received: Received, task: ServedTask, prompt: _Prompt, constraint: AnswerConstraint | None, limits: PromptLimits
 ) -> GenerationJob:
     """The job of a request without violations, but for its rare parameters."""
     request, document = received.request, received.document
@@ -367,20 +367,20 @@ def _job(
     return GenerationJob(
         task=task,
         prompt_ids=tuple(prompt.ids),
-        sampling=_sampling(request.parameters, task.spec, most, limits.vocab_size, held),
+        sampling=_sampling(request.parameters, task.spec, most, limits.vocab_size, constraint),
         without_adapter=request.without_adapter,
         cache_salt=received.cache_salt,
         delta_tokens=received.delta_tokens,
-        strip=request.WhichOneof("input") != "chat" or held is not None,
+        strip=request.WhichOneof("input") != "chat" or constraint is not None,
         include_reasoning=request.include_reasoning,
-        answer_type=held.name if held else "",
+        answer_type=constraint.type_name if constraint else "",
         activation=prompt.point if task.activation == "task" else None,
         lease=document.lease if document is not None else None,
     )
 
 
 def _sampling(
-    parameters: pb.GenerationParameters, task: TaskSpec, most: int, vocab_size: int, held: Held | None
+    parameters: pb.GenerationParameters, task: TaskSpec, most: int, vocab_size: int, constraint: AnswerConstraint | None
 ) -> Sampling:
     return Sampling(
         max_new_tokens=parameters.max_new_tokens or min(task.max_new_tokens, most),
@@ -390,7 +390,7 @@ def _sampling(
         seed=parameters.seed if parameters.HasField("seed") else None,
         stop=tuple(parameters.stop.values) if parameters.HasField("stop") else task.stop,
         logprobs=parameters.logprobs,
-        constraint=held.constraint if held else None,
+        constraint=constraint.text if constraint else None,
     )
 
 

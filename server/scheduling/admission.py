@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from server.accounting import Usage
-from server.errors import RESTART_RETRY_S, RequestFailedError, resource_exhausted, unavailable
+from server.errors import RESTART_RETRY_S, resource_exhausted, unavailable
 from server.job import Lane
 from server.scheduling.quotas import Quotas
 from server.scheduling.scheduler import Scheduler
@@ -42,7 +42,7 @@ class Admission:
         usage: Usage,
         metrics: Metrics,
         *,
-        spare: int = 0,
+        spare: int,
     ) -> None:
         self.state = State.STARTING
         self.lost: set[Lane] = set()
@@ -90,8 +90,26 @@ class Admission:
             self._check_quotas(tenant, places, lane)
         if tenant.has_budget or self._usage.stuck:
             self._usage.check(tenant, requests)
-        with self._place(tenant, places, lane):
+        task, key = asyncio.current_task(), (tenant.id, lane)
+        assert task is not None
+        self._running.add(task)
+        self._in_flight[lane] += places
+        self._of_tenant[key] += places
+        self._idle.clear()
+        try:
             yield
+        except asyncio.CancelledError:
+            if self._aborting:
+                raise unavailable("the server stopped before the answer was complete", 1.0) from None
+            raise
+        finally:
+            self._running.discard(task)
+            self._in_flight[lane] -= places
+            self._of_tenant[key] -= places
+            if not self._of_tenant[key]:
+                del self._of_tenant[key]
+            if not self._running:
+                self._idle.set()
 
     def keep_only(self, tenant_ids: Collection[str]) -> None:
         """Forget each tenant that is not among these and has no request here."""
@@ -115,29 +133,6 @@ class Admission:
         self._quotas.check_queue(tenant, waiting, lambda: scheduler.retry_s(tenant, lane))
         self._quotas.check_tokens(tenant)
 
-    @contextmanager
-    def _place(self, tenant: Tenant, places: int, lane: Lane) -> Iterator[None]:
-        task, line = asyncio.current_task(), (tenant.id, lane)
-        assert task is not None
-        self._running.add(task)
-        self._in_flight[lane] += places
-        self._of_tenant[line] += places
-        self._idle.clear()
-        try:
-            yield
-        except asyncio.CancelledError:
-            if self._aborting:
-                raise _out_of_time() from None
-            raise
-        finally:
-            self._running.discard(task)
-            self._in_flight[lane] -= places
-            self._of_tenant[line] -= places
-            if not self._of_tenant[line]:
-                del self._of_tenant[line]
-            if not self._running:
-                self._idle.set()
-
     async def drained(self, timeout: float) -> bool:
         """Wait until no request is in flight; False if that takes more than `timeout` seconds."""
         try:
@@ -151,7 +146,3 @@ class Admission:
         self._aborting = True
         for task in self._running:
             task.cancel()
-
-
-def _out_of_time() -> RequestFailedError:
-    return unavailable("the server stopped before the answer was complete", 1.0)

@@ -1,6 +1,5 @@
 """Estimates how long a request will take, from recent requests."""
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ class ServiceTimes:
     measurements of the last seconds.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._by_load: dict[int, _Measured] = {}
         self._tokens: OrderedDict[str, float] = OrderedDict()

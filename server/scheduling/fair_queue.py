@@ -52,12 +52,11 @@ class FairQueue(Generic[Key, Item]):
     def __init__(self, lanes: int = 1) -> None:
         self._lanes = lanes
         self._flows: dict[Key, _Flow[Item]] = {}
+        # Those with items: few, even if many tenants are known. Of equals, the one that began to wait first goes first.
+        self._waiting: dict[Key, _Flow[Item]] = {}
         self._lens = [0] * lanes
         # Counter of the tenant that left last, by class: a newcomer to an empty class is lifted to it.
         self._last: dict[int, float] = {}
-
-    def __len__(self) -> int:
-        return sum(self._lens)
 
     def length(self, lane: int) -> int:
         """Items in a lane."""
@@ -83,6 +82,7 @@ class FairQueue(Generic[Key, Item]):
         flow.weight = weight
         flow.items[item] = (lane, priority)
         flow.lines[lane].setdefault(priority, {})[item] = None
+        self._waiting[tenant] = flow
         self._lens[lane] += 1
 
     def pop(self, lane: int = 0, fits: Callable[[Item], bool] | None = None) -> tuple[Key, Item] | None:
@@ -93,7 +93,7 @@ class FairQueue(Generic[Key, Item]):
         tenant, flow = min(
             (
                 (name, flow)
-                for name, flow in self._flows.items()
+                for name, flow in self._waiting.items()
                 if flow.lines[lane] and not flow.blocked and (fits is None or fits(flow.first(lane)))
             ),
             key=lambda entry: (entry[1].rank, entry[1].counter),
@@ -102,7 +102,7 @@ class FairQueue(Generic[Key, Item]):
         if tenant is None or flow is None:
             return None
         item = flow.first(lane)
-        self._take(flow, item)
+        self._take(tenant, flow, item)
         return tenant, item
 
     def remove(self, tenant: Key, item: Item) -> bool:
@@ -110,7 +110,7 @@ class FairQueue(Generic[Key, Item]):
         flow = self._flows.get(tenant)
         if flow is None or item not in flow.items:
             return False
-        self._take(flow, item)
+        self._take(tenant, flow, item)
         return True
 
     def drop_newest(self, tenant: Key, lane: int = 0) -> Item:
@@ -118,15 +118,15 @@ class FairQueue(Generic[Key, Item]):
         flow = self._flows[tenant]
         lines = flow.lines[lane]
         item = next(reversed(lines[min(lines)]))
-        self._take(flow, item)
+        self._take(tenant, flow, item)
         return item
 
-    def longest(self, lane: int = 0) -> Key | None:
-        """The tenant with the most items by weight in the least urgent waiting class; None if no item waits."""
-        waiting = [(self.length_by_weight(name, lane), name) for name, flow in self._flows.items() if flow.lines[lane]]
-        return max(waiting, key=lambda entry: entry[0])[1] if waiting else None
+    def longest(self, lane: int = 0) -> Key:
+        """The tenant with the most items by weight in the least urgent waiting class of a lane, which is not empty."""
+        waiting = (name for name, flow in self._waiting.items() if flow.lines[lane])
+        return max(waiting, key=lambda name: self.length_by_weight(name, lane))
 
-    def length_by_weight(self, tenant: Key, lane: int = 0) -> tuple[int, float]:
+    def length_by_weight(self, tenant: Key, lane: int) -> tuple[int, float]:
         """What `longest` compares: (rank, items by weight)."""
         flow = self._flows[tenant]
         return flow.rank, flow.queued(lane) / flow.weight
@@ -145,12 +145,12 @@ class FairQueue(Generic[Key, Item]):
             self._lift(flow)
         flow.blocked = blocked
 
-    def ahead_of(self, tenant: Key, *, weight: float, rank: int, lane: int = 0) -> int:
+    def ahead_of(self, tenant: Key, *, weight: float, rank: int, lane: int) -> int:
         """Estimate how many items would be served before one that this tenant pushes now."""
         own = self._flows[tenant].queued(lane) if tenant in self._flows else 0
         ahead = own
-        for name, flow in self._flows.items():
-            if name == tenant or not flow.active:
+        for name, flow in self._waiting.items():
+            if name == tenant or flow.blocked:
                 continue
             if flow.rank < rank:
                 ahead += flow.queued(lane)
@@ -173,7 +173,7 @@ class FairQueue(Generic[Key, Item]):
             flow = self._flows[tenant] = _Flow(self._lanes)
         return flow
 
-    def _take(self, flow: _Flow[Item], item: Item) -> None:
+    def _take(self, tenant: Key, flow: _Flow[Item], item: Item) -> None:
         lane, priority = flow.items.pop(item)
         lines = flow.lines[lane]
         line = lines[priority]
@@ -182,12 +182,13 @@ class FairQueue(Generic[Key, Item]):
             del lines[priority]
         self._lens[lane] -= 1
         if not flow.items:
+            del self._waiting[tenant]
             self._last[flow.rank] = flow.counter
 
     def _lift(self, flow: _Flow[Item]) -> None:
         others = [
             other.counter
-            for other in self._flows.values()
-            if other is not flow and other.active and other.rank == flow.rank
+            for other in self._waiting.values()
+            if other is not flow and not other.blocked and other.rank == flow.rank
         ]
         flow.counter = max(flow.counter, min(others) if others else self._last.get(flow.rank, 0.0))

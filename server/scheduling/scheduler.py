@@ -328,7 +328,6 @@ class Scheduler:
     def _make_room(self, newcomer: Turn) -> None:
         lane = newcomer.job.lane
         longest = self._queue.longest(lane)
-        assert longest is not None
         # If the lines are equally long, refuse the new request.
         if self._queue.length_by_weight(newcomer.line, lane) >= self._queue.length_by_weight(longest, lane):
             longest = newcomer.line
@@ -351,7 +350,7 @@ class Scheduler:
                 turns.aside.remove(turn)
                 turns.enter(turn, self.clock())
                 back.set_result(None)
-        while turns.free > 0:
+        while turns.free > 0 and self._queue.length(lane):
             entry = self._queue.pop(lane, _is_single if turns.full_of_batches else None)
             if entry is None:
                 break

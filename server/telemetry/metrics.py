@@ -353,7 +353,7 @@ class Metrics:
 
     # Engine.
 
-    def record_build(self, backbone: str, vision_backbone: str = "") -> None:
+    def record_build(self, backbone: str, vision_backbone: str) -> None:
         """Show version and backbones; empty for none."""
         self._build.labels(__version__, platform.python_version(), backbone, vision_backbone).set(1)
         self._routers.model_name = backbone or vision_backbone

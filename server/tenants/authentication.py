@@ -68,8 +68,9 @@ class Authenticator:
     def _by_certificate(self, pem: bytes) -> Tenant:
         certificate = self._certificates.get(pem)
         if certificate is None:
-            certificate = Certificate.read(pem)
-            _remember(self._certificates, pem, certificate)
+            certificate = self._certificates[pem] = Certificate.read(pem)
+            if len(self._certificates) > _REMEMBERED:
+                self._certificates.popitem(last=False)
         # Check expiry per call, because a connection may outlive its certificate.
         if certificate.not_after < time.time():
             raise unauthenticated("the client certificate has expired")
@@ -117,9 +118,3 @@ def _bearer(metadata: Iterable[tuple[str, str | bytes]]) -> str | None:
         if name == "authorization" and isinstance(value, str) and value[: len(_SCHEME)].lower() == _SCHEME:
             return value[len(_SCHEME) :].strip()
     return None
-
-
-def _remember(cache: OrderedDict, name: bytes, value: object) -> None:
-    cache[name] = value
-    if len(cache) > _REMEMBERED:
-        cache.popitem(last=False)

@@ -246,7 +246,9 @@ class TenantsFile(BaseModel):
         seen: dict[tuple[str, str], str] = {}
         for tenant in self.tenants:
             if tenant.id == UNAUTHENTICATED.id:
-                raise ValueError(f"tenant id {tenant.id!r} is taken: logs and metrics name callers without a key so")
+                raise ValueError(
+                    f"tenant id {tenant.id!r} is reserved: logs and metrics use it for callers without a key"
+                )
             if not (tenant.api_keys or tenant.certificates or tenant.token_issuers):
                 raise ValueError(
                     f"tenant {tenant.id} has neither api_keys nor certificates nor token_issuers; "
@@ -260,6 +262,7 @@ class TenantsFile(BaseModel):
             names += [("certificate", name) for name in tenant.certificates]
             for name in names:
                 if name in seen:
-                    raise ValueError(f"{name[0]} {name[1]!r} of tenant {tenant.id} is tenant {seen[name]}'s already")
+                    where = f"tenants {seen[name]} and {tenant.id}"
+                    raise ValueError(f"{name[0]} {name[1]!r}: found twice, in {where}; allowed: once")
                 seen[name] = tenant.id
         return self

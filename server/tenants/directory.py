@@ -67,7 +67,7 @@ def read_tenants(path: Path, replicas: int | None = None) -> Tenants:
     return snapshot.finished(file)
 
 
-async def read_tenants_aside(path: Path, replicas: int | None = None) -> Tenants:
+async def read_tenants_aside(path: Path, replicas: int | None) -> Tenants:
     """Like `read_tenants`, in a child process; blocks the event loop only for one part at a time. Raises ChildError."""
     first, *parts = await asyncio.to_thread(in_child, read_parts, path, replicas, limits=_LIMITS)
     snapshot = _Snapshot()
@@ -112,17 +112,17 @@ class Directory:
         except ChildEndedError as error:
             # Memory, processes or time ran out. Retry, because the file may be valid and revoke a key.
             self._seen = None
-            logger.error("tenants file not read, trying again", extra={"fields": {"reason": str(error)}})
+            logger.error("tenants file not read; trying again", extra={"fields": {"reason": str(error)}})
             self._on_failure()
             return
         except ChildError as error:
-            logger.error("tenants file refused, the old tenants stay", extra={"fields": {"reason": str(error)}})
+            logger.error("tenants file refused; the old tenants stay", extra={"fields": {"reason": str(error)}})
             self._on_failure()
             return
         old = list(self.current.by_id.values())
         self.current = tenants
         self._on_change(tenants)
-        logger.info("tenants read again", extra={"fields": {"tenants": len(tenants.by_id)}})
+        logger.info("tenants reloaded", extra={"fields": {"tenants": len(tenants.by_id)}})
         # Free the old tenants in parts too: freeing thousands at once would block the event loop.
         while old:
             del old[-TENANTS_A_PART:]

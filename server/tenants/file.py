@@ -33,7 +33,7 @@ _Loader.add_implicit_resolver(_TAG + "null", re.compile(r"^(?:~|null|Null|NULL|)
 _Loader.add_implicit_resolver(_TAG + "merge", re.compile(r"^<<$"), ["<"])
 
 
-def read_file(path: Path, replicas: int | None = None) -> TenantsFile:
+def read_file(path: Path, replicas: int | None) -> TenantsFile:
     """Read and check a tenants file, its quotas divided if it says so. Raises TenantsError, whatever the file holds."""
     try:
         if path.stat().st_size > _MAX_FILE_BYTES:
@@ -58,7 +58,7 @@ def read_file(path: Path, replicas: int | None = None) -> TenantsFile:
     return file.model_copy(update={"tenants": tenants, "issuers": tuple(issuers)})
 
 
-def read_parts(path: Path, replicas: int | None = None) -> Iterator[TenantsFile | tuple[Tenant, ...]]:
+def read_parts(path: Path, replicas: int | None) -> Iterator[TenantsFile | tuple[Tenant, ...]]:
     """Like `read_file`, in parts: the file without tenants, then its tenants, some at a time."""
     file = read_file(path, replicas)
     yield file.model_copy(update={"tenants": ()})

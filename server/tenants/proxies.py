@@ -35,14 +35,14 @@ def named_tenant(proxy: Tenant, tenants: Tenants, metadata: Iterable[tuple[str, 
     for name, value in metadata:
         if meaning := _MEANINGS.get(name):
             if name in seen or found.get(meaning, value) != value:
-                raise _denied(proxy, f"sent {name} twice; allowed: once, set by the proxy, without the client's")
+                raise _denied(proxy, f"sent {name} twice; allowed: once; the proxy must remove its client's header")
             seen.add(name)
             found[meaning] = value
     tenant = proxy
     if named := found.get(FAIRNESS_ID):
         other = tenants.by_id.get(str(named))
         if other is None or not proxy.may_name(other):
-            raise _denied(proxy, f"names a tenant in {FAIRNESS_ID} that is none, or not one of its `speaks_for`")
+            raise _denied(proxy, f"names a tenant in {FAIRNESS_ID} that is unknown or not in its `speaks_for`")
         tenant = other
     priority = tenants.objectives.get(str(found.get(OBJECTIVE)))
     return tenant if priority is None else tenant.lowered(priority)

@@ -55,7 +55,7 @@ class Tokens:
     `run` keeps the issuers' keys up to date. on_failure: gets the issuer whose keys could not be read.
     """
 
-    def __init__(self, directory: Directory, on_failure: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, directory: Directory, on_failure: Callable[[str], None]) -> None:
         self._directory = directory
         self._on_failure = on_failure
         self._pepper = secrets.token_bytes(32)
@@ -187,7 +187,7 @@ class _KeySource:
             found, keys = await asyncio.get_running_loop().run_in_executor(self._pool, _read_keys, self._issuer)
         except ChildError as error:
             fields = {"issuer": self._issuer.issuer, "reason": str(error)}
-            logger.error("issuer's keys not read, the old ones stay", extra={"fields": fields})
+            logger.error("issuer's keys not read; the old ones stay in force", extra={"fields": fields})
             self._on_failure(self._issuer.issuer)
             self._due = time.monotonic() + min(_RETRY_S * 2**self._failures, _REFRESH_S)
             self._failures = min(self._failures + 1, 10)

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import claim as module
-from benchmarks.claim import BATCH, METHODS, RATES, SMOKE, Cell, Claim, Size, main
-from benchmarks.claim_cells import LOWER, UPPER, Cells
-from benchmarks.claim_decisions import decide
-from benchmarks.claim_report import decided, markdown, summarise, write_claim
-from benchmarks.claim_results import keep, restore
+from benchmarks.claim import __main__ as command
+from benchmarks.claim import runs
+from benchmarks.claim.cells import LOWER, UPPER, Cells
+from benchmarks.claim.decisions import decide
+from benchmarks.claim.methods import METHODS
+from benchmarks.claim.report import decided, markdown, summarise, write_claim
+from benchmarks.claim.results import keep, restore
+from benchmarks.claim.runs import BATCH, RATES, SMOKE, Cell, Claim, Size
 from mtlora.train.config import TrainingConfig
 from tests.benchmarks.claim_results import result
 
@@ -140,8 +142,8 @@ def test_a_rate_that_diverges_is_not_chosen_and_a_cell_that_does_is_named(
         return {**about, "mean_accuracy": 0.1 + run.config.learning_rate}
 
     written: list[Any] = []
-    monkeypatch.setattr(module, "do", do)
-    monkeypatch.setattr(module, "write_claim", lambda *each: written.append(each))
+    monkeypatch.setattr(runs, "do", do)
+    monkeypatch.setattr(runs, "write_claim", lambda *each: written.append(each))
     (tmp_path / "claim.md").write_text("")
     size = Size(counts=(5,), seeds=(0,), maps=(), methods=("LoRA q,v", "block"))
     claim = _claim(tmp_path, size)
@@ -153,11 +155,11 @@ def test_a_rate_that_diverges_is_not_chosen_and_a_cell_that_does_is_named(
     assert {each["name"] for each in results} == {UPPER, LOWER, "LoRA q,v"}
     assert diverged == [f"{part}, block, 5 tasks, seed 0: diverged, loss is nan" for part in ("shared", "told")]
     # Without training, only existing results are used, and a method without its trials has no cells.
-    monkeypatch.setattr(module, "do", lambda *each: pytest.fail("trained"))
-    monkeypatch.setattr(module, "read_result", lambda run, *each, **_: None)
+    monkeypatch.setattr(runs, "do", lambda *each: pytest.fail("trained"))
+    monkeypatch.setattr(runs, "read_result", lambda run, *each, **_: None)
     Claim(tmp_path, tmp_path, size, 2, train=False).run()
     assert written[-1][:2] == ([], [])
-    monkeypatch.setattr(module, "do", lambda *each: {"error": "another process trains there"})
+    monkeypatch.setattr(runs, "do", lambda *each: {"error": "another process trains there"})
     with pytest.raises(SystemExit, match="another process trains there"):
         claim.run()
 
@@ -169,8 +171,8 @@ def test_a_rate_chosen_before_is_not_tried_again(tmp_path: Path, monkeypatch: py
         made.append(run)
         return {"mean_accuracy": 0.5}
 
-    monkeypatch.setattr(module, "do", do)
-    monkeypatch.setattr(module, "write_claim", lambda *_: None)
+    monkeypatch.setattr(runs, "do", do)
+    monkeypatch.setattr(runs, "write_claim", lambda *_: None)
     (tmp_path / "claim.md").write_text("")
     size = Size(counts=(5,), seeds=(0,), maps=(), methods=("LoRA q,v",))
     Claim(tmp_path, tmp_path, size, 1, chosen={"LoRA q,v": 2e-3, UPPER: 2e-4}).run()
@@ -182,7 +184,7 @@ def test_a_rate_chosen_before_is_not_tried_again(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("value", ["LoRA=1e-3", "LoRA q,v", "LoRA q,v=much"])
 def test_refuses_a_rate_of_no_method_or_no_number(value: str) -> None:
     with pytest.raises(SystemExit):
-        main(["--rate", value, "--report"])
+        command.main(["--rate", value, "--report"])
 
 
 def test_finished_cells_go_on_in_another_folder(tmp_path: Path) -> None:
@@ -215,9 +217,9 @@ def test_smoke_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         def run(self) -> None:
             made.append((self.out, self.size))
 
-    monkeypatch.setattr(module, "Claim", Spy)
-    monkeypatch.setattr(module, "resolve", Path)
-    monkeypatch.setattr(module, "restore", lambda *_: None)
+    monkeypatch.setattr(command, "Claim", Spy)
+    monkeypatch.setattr(command, "resolve", Path)
+    monkeypatch.setattr(command, "restore", lambda *_: None)
     for arguments in (["--smoke"], [], ["--smoke", "--out", "mine"]):
-        main(arguments)
+        command.main(arguments)
     assert made == [(Path("out/claim-smoke"), SMOKE), (Path("out/claim"), Size()), (Path("mine"), SMOKE)]

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.claim_cells import LOWER, UPPER, Cells
-from benchmarks.claim_decisions import (
+from benchmarks.claim.cells import LOWER, UPPER, Cells
+from benchmarks.claim.decisions import (
     BLOCK,
     COLLAPSING,
     MAP_METHODS,

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from benchmarks.front import IN_FLIGHT, Ask, Measured, Side, measure, report
+from benchmarks.server.front import IN_FLIGHT, Ask, Measured, Side, measure, report
 from mtlora.suite.base import Example
 
 

@@ -15,6 +15,7 @@ from benchmarks.harness.adapters import CONFIG, link_adapter, random_tasks, rand
 from benchmarks.harness.asking import closed_loop, open_loop
 from benchmarks.harness.percentile import p99
 from benchmarks.harness.processes import cpu_seconds, halted, peak_bytes, process_tree, resident_bytes
+from benchmarks.harness.versions import newest_version
 from benchmarks.harness.waiting import wait_until
 from mtlora.checkpoint.read import read_checkpoint
 from tests.factories import IDENTITY
@@ -105,3 +106,13 @@ def test_random_adapters_are_valid_and_differ_by_seed(tmp_path: Path) -> None:
     scales = {"lora_A": 1.0, "lora_B": 2.0, "lora_route": 3.0, "task_bias": 0.0}
     scaled, plain = (random_tensors(IDENTITY, CONFIG, tasks, scale=scale) for scale in (scales, 1.0))
     assert all(torch.equal(scaled[name], scales[name.rpartition(".")[2]] * plain[name]) for name in plain)
+
+
+def test_the_newest_version_has_the_highest_number(tmp_path: Path) -> None:
+    for name in ("9", "10", "beta"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter.json").touch()
+    (tmp_path / "11").mkdir()
+    assert newest_version(tmp_path).name == "10"
+    with pytest.raises(SystemExit, match="11: found no version; allowed: "):
+        newest_version(tmp_path / "11")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.loadtest import Loop, Plan, last_line, requests_of_round
+from benchmarks.server.loadtest import Loop, Plan, last_line, requests_of_round
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.photo_suite import _ALPHABETS, _GROUPS, write_suite
+from benchmarks.vision.photo_suite import _ALPHABETS, _GROUPS, write_suite
 
 
 @pytest.mark.parametrize("tasks", [15, 25])

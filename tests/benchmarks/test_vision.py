@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import vision_serving
-from benchmarks.vision import BATCHES, IN_FLIGHT, RATIOS, THROUGH_GRPC, last_line
-from benchmarks.vision_report import make_report
-from benchmarks.vision_serving import (
+from benchmarks.vision import serving
+from benchmarks.vision.report import make_report
+from benchmarks.vision.serving import (
     IMAGES_IN_FLIGHT,
     TASKS,
     Both,
@@ -23,6 +22,7 @@ from benchmarks.vision_serving import (
     print_beside,
     tensors,
 )
+from benchmarks.vision.throughput import BATCHES, IN_FLIGHT, RATIOS, THROUGH_GRPC, last_line
 
 SECONDS = {
     "bare": {batch: [2.0, 4.0, 1.0] for batch in BATCHES},
@@ -107,7 +107,7 @@ class Client:
 
 
 def served(monkeypatch: pytest.MonkeyPatch, client: Client) -> Served:
-    monkeypatch.setattr(vision_serving, "AsyncClient", lambda *_, **__: client)
+    monkeypatch.setattr(serving, "AsyncClient", lambda *_, **__: client)
     server: Any = SimpleNamespace(address="nowhere", process=SimpleNamespace(pid=os.getpid()))
     return Served("gRPC", server, 4, [b"one", b"two"])
 
@@ -128,7 +128,7 @@ def test_an_image_that_fails_ends_the_benchmark(monkeypatch: pytest.MonkeyPatch)
 
 async def test_images_are_in_flight_from_the_first_text_to_the_last() -> None:
     client: Any = Client()
-    both = Both([os.getpid()], client, vision_serving.classifying(client, [b"one"]))
+    both = Both([os.getpid()], client, serving.classifying(client, [b"one"]))
     await both.warm_up()
     client.beside.clear()
     alone, beside = TextTimes(), TextTimes()

@@ -152,7 +152,7 @@ class Seen:
 
 def test_endpoint_picker_weighs_adapters_queues_and_caches() -> None:
     def picked(adapter: int, *replicas: Seen) -> int:
-        router = EndpointPicker(len(replicas))
+        router = EndpointPicker()
         router.observe(0.0, replicas)
         return router.choose(adapter, [0] * len(replicas))
 
@@ -164,7 +164,7 @@ def test_endpoint_picker_weighs_adapters_queues_and_caches() -> None:
 
 
 def test_endpoint_picker_sees_metrics_of_fifty_milliseconds_ago() -> None:
-    router = EndpointPicker(2)
+    router = EndpointPicker()
     replicas = [Seen({1}), Seen({2})]
     router.observe(0.0, replicas)
     replicas.reverse()
@@ -289,7 +289,7 @@ def test_rejects_files_that_are_no_result(content: str, tmp_path: Path) -> None:
 def test_document_compares_simulation_and_measurement() -> None:
     found = " ".join(compared({"rate": 24.81, "saturated": (47.96, 49.57), "p95_s": (1.069, 1.038)}))
     assert "answered 48.0 requests/s, by the model 49.6" in found
-    assert "offered 24.8 requests/s, round robin: p95 end to end was 1.07 s, in the simulation 1.04 s" in found
+    assert "24.8 requests/s was then sent round robin: p95 end to end was 1.07 s, in the simulation 1.04 s" in found
 
 
 def test_full_servers_answer_what_the_model_says() -> None:

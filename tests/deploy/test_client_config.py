@@ -7,10 +7,10 @@ import grpc
 import pytest
 from mtlora_pb.v1 import inference_pb2, inference_pb2_grpc
 
-from benchmarks.harness.waiting import eventually
 from deploy import manifests
 from server.scheduling.admission import State
 from tests.server.fakes import Service
+from tests.waiting import eventually
 
 CONFIG = (manifests.FOLDER / "kubernetes" / "base" / "service-config.json").read_text()
 

@@ -15,17 +15,14 @@ from prometheus_client.metrics_core import Metric
 from deploy import manifests
 from deploy.grafana import dashboard
 from deploy.prometheus import record
-from server.call import Call
 from server.engine import EngineFailure
 from server.telemetry.metrics import Metrics
 from server.telemetry.routers import GAUGES
-from server.tenants import Tenant
 
 PROMETHEUS = manifests.RULES.parent
 NAME = re.compile(r"\bmtlora[_:][a-zA-Z0-9_:]*[a-zA-Z0-9_]")
 SUFFIXES_OF_COUNTERS = re.compile("_total$|_bucket$")
 SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
-CALL = Call("r", "Generate", "one", tenant=Tenant(id="a"), prompt_tokens=1, completion_tokens=1)
 needs_promtool = pytest.mark.skipif(
     not shutil.which("promtool"), reason="promtool is not installed (a Debian package of that name)"
 )

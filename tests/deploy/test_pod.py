@@ -62,7 +62,7 @@ def test_secrets_of_the_pod_are_those_that_the_deployment_mounts(tmp_path: Path)
     assert set(secrets["mtlora-tls"]) == {"tls.crt", "tls.key"}
     assert Path(pod.settings["MTLORA_TENANTS"]).name in secrets["mtlora-tenants"]
     assert [each["id"] for each in yaml.safe_load(pod._tenants(["operator"]))["tenants"]] == ["operator"]
-    assert all(pod.tenants[name].key not in yaml.safe_dump(secrets) for name in pod.tenants)
+    assert all(key not in yaml.safe_dump(secrets) for key, _ in pod.tenants.values())
     assert set(pod.ports) == {"grpc", "health", "metrics"}
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from benchmarks.mapping import mapping_variants, processor_seconds, runner_over
+from benchmarks.ops.mapping import mapping_variants, processor_seconds, runner_over
 from mtlora.backbone import BackboneIdentity
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.config import MtLoRAConfig

@@ -10,7 +10,7 @@ import pytest
 from server.engine import Engine, EngineStartError, launch
 from server.engine.threads import BIND
 from server.engine.translation import sampling_params
-from server.job import MoreSampling, Sampling
+from server.job import Lane, MoreSampling, Sampling
 from server.settings import load_settings
 from tests.engine._models import make_model
 
@@ -26,25 +26,49 @@ def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("own", [None, "0-3"])
-def test_an_engines_cores_are_not_those_of_the_next(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engines_cores_are_not_those_of_the_next(
+    own: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings({"adapters": tmp_path})
     monkeypatch.delenv(BIND, raising=False)
     if own is not None:
         monkeypatch.setenv(BIND, own)
     found = []
 
-    def environment() -> dict[str, str]:
+    def environment(*_: Any) -> dict[str, str]:
         found.append(os.environ.get(BIND))
         return {BIND: "4-7"}
 
-    def refused() -> dict[str, Any]:
+    def refused(*_: Any) -> dict[str, Any]:
         found.append(os.environ[BIND])
         raise ValueError("refused")
+
+    monkeypatch.setattr(launch, "engine_environment", environment)
+    monkeypatch.setattr(launch, "_engine_args", refused)
 
     with mock.patch.dict(os.environ), mock.patch.dict(launch._before, clear=True):
         for _ in range(2):
             with pytest.raises(ValueError, match="refused"):
-                launch._launch(environment, refused, lambda _: None)
+                launch.launch(settings, Lane.TEXT, tmp_path, lambda _: None)
     assert found == [own, "4-7"] * 2
+
+
+def test_vision_engines_keep_the_first_model_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs vLLM would choose the second, which refuses images as prompts of embeddings."""
+    from vllm import envs
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu.model_states import encoder_only
+
+    name = "VLLM_USE_V2_MODEL_RUNNER"
+    settings = load_settings({"adapters": tmp_path})
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+    envs.disable_envs_cache()
+    assert not encoder_only.EncoderOnlyModelState.supports_prompt_embeds
+    with mock.patch.dict(os.environ), mock.patch.dict(launch._before, clear=True):
+        for lane, second in ((Lane.TEXT, True), (Lane.IMAGES, False), (Lane.TEXT, True)):
+            launch._set_environment(settings, lane)
+            assert VllmConfig().use_v2_model_runner is second
 
 
 def test_vllm_takes_what_is_valid() -> None:

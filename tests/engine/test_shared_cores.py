@@ -13,6 +13,7 @@ import torch
 from mtlora.vllm_cpu import shared_cores
 from mtlora.vllm_cpu.shared_cores import SharedCores
 from server.engine import launch, threads
+from server.job import Lane
 from server.settings import load_settings
 from tests.engine._engine import running_engine
 from tests.engine._models import make_model
@@ -67,17 +68,17 @@ def test_only_engines_that_nobody_placed_share(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
     monkeypatch.setattr(threads, "quota_cores", lambda: None)
 
-    def environment(place: int, **settings: object) -> dict[str, str]:
-        return launch.engine_environment(load_settings({"adapters": tmp_path, **settings}), ranks=1, place=place)
+    def environment(lane: Lane, **settings: object) -> dict[str, str]:
+        return launch.engine_environment(load_settings({"adapters": tmp_path, **settings}), lane)
 
     both = {"vision_backbone": "vision"}
-    assert environment(0, **both)[threads.BIND] == "0,1,2"
-    assert environment(1, **both)[threads.BIND] == "2,1,0"
-    assert environment(1, **both)[shared_cores.ENVIRONMENT].startswith("1:/proc/")
+    assert environment(Lane.TEXT, **both)[threads.BIND] == "0,1,2"
+    assert environment(Lane.IMAGES, **both)[threads.BIND] == "2,1,0"
+    assert environment(Lane.IMAGES, **both)[shared_cores.ENVIRONMENT].startswith("1:/proc/")
     for placed in ({}, both | {"omp_threads_bind": "0-1"}, both | {"vision_omp_threads_bind": "2"}):
-        assert shared_cores.ENVIRONMENT not in environment(1, **placed)
+        assert shared_cores.ENVIRONMENT not in environment(Lane.IMAGES, **placed)
     monkeypatch.setenv(threads.BIND, "0-2")
-    assert shared_cores.ENVIRONMENT not in environment(1, **both)
+    assert shared_cores.ENVIRONMENT not in environment(Lane.IMAGES, **both)
 
 
 def test_a_real_engine_takes_half_of_its_threads_beside_another(

@@ -188,7 +188,7 @@ def test_a_tasks_feature_is_a_part_of_the_engines(vision: Vision) -> None:
         torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["dinov2 with gates", "siglip"])
+@pytest.mark.parametrize("name", ["dinov2 with gates", "siglip", "dinov3"])
 def test_other_families_give_the_encoders_states(name: str, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model", name)
     with running_bare_engine(**arguments(model)) as engine:

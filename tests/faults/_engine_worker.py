@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.versions import newest_version
 from benchmarks.harness.worker import Handle, serve
 
 # Answers of full length: a token drawn from the whole vocabulary hardly ever ends one.
@@ -24,7 +25,6 @@ def start(given: dict[str, Any]) -> Handle:
     from mtlora.vllm_plugin.requests import slot_requests
     from server.engine import Engine
     from server.job import GenerationJob, ServedTask
-    from server.registry.version import version_key
     from server.rpc.validation import PromptLimits, Received, validate
     from server.settings import load_settings
 
@@ -38,7 +38,7 @@ def start(given: dict[str, Any]) -> Handle:
 
     async def load() -> None:
         for adapter in sorted(path for path in adapters.iterdir() if path.is_dir()):
-            folder = max(adapter.iterdir(), key=lambda path: version_key(path.name))
+            folder = newest_version(adapter)
             manifest = read_manifest(folder)
             slots = slot_requests(adapter.name, folder.name, folder, manifest, len(tasks) + 1)
             await engine.load(folder, list(slots.values()))

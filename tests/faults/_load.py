@@ -153,6 +153,11 @@ def failures(asked: Iterable[Asked]) -> list[Asked]:
     return [each for each in asked if each.status != "OK"]
 
 
+def p99_name(values: Sequence[float]) -> str:
+    """The name of the result of `p99`, which is the maximum for up to a hundred values."""
+    return "p99" if len(values) > 100 else "slowest"
+
+
 def p99_gap_s(asked: Iterable[Asked], since: float = 0.0, until: float = float("inf")) -> float:
     """The 99th percentile of the gaps between tokens, of requests that began in a span of time."""
     gaps = [gap for each in asked if since <= each.began < until for gap in each.gaps_s]

@@ -11,10 +11,11 @@ from typing import Any
 
 import psutil
 
-from benchmarks.harness.adapters import write_scaled_adapter
 from benchmarks.harness.native_server import native_server
 from benchmarks.harness.processes import process_tree
-from server.registry.version import version_key
+from benchmarks.harness.versions import newest_version
+from mtlora.checkpoint.read import read_checkpoint
+from mtlora.checkpoint.write import write_checkpoint
 from tests.faults._load import Question, References
 from tests.faults._pace import Pace, measure_pace
 from tests.faults._shared import Shared
@@ -45,8 +46,7 @@ class Target:
         self.name = source.parent.name
         self.contents = [self._home / "content" / "0", self._home / "content" / "1"]
         shutil.copytree(source, self.contents[0])
-        # The second content: gives other answers to most inputs.
-        write_scaled_adapter(source, self.contents[1], 0.5)
+        _write_halved(source, self.contents[1])
         self.version = 1
         # The answers of both contents, once a scenario has asked for them.
         self.known: tuple[list[Question], References] | None = None
@@ -106,7 +106,19 @@ shared = Shared(Target)
 def _highest_version(adapters: Path) -> Path:
     """The highest version of the first adapter in a folder. Raises ValueError if there is none."""
     for adapter in sorted(path for path in adapters.iterdir() if path.is_dir()):
-        versions = [path for path in adapter.iterdir() if (path / "adapter.json").exists()]
-        if versions:
-            return max(versions, key=lambda path: version_key(path.name))
+        if any(adapter.glob("*/adapter.json")):
+            return newest_version(adapter)
     raise ValueError(f"{adapters}: holds no adapter, NAME/VERSION/")
+
+
+def _write_halved(source: Path, folder: Path) -> None:
+    """Write a copy of an adapter with half its output, which gives other answers to most inputs."""
+    checkpoint = read_checkpoint(source)
+    manifest = checkpoint.manifest
+    write_checkpoint(
+        folder,
+        backbone=manifest.backbone,
+        config=manifest.config,
+        tasks=manifest.tasks,
+        tensors={n: t * 0.5 if n.endswith("lora_B") else t for n, t in checkpoint.tensors.items()},
+    )

@@ -13,13 +13,13 @@ from mtlora_pb.v1 import inference_pb2 as pb
 
 from benchmarks.harness.adapters import write_random_adapter
 from benchmarks.harness.asking import closed_loop, open_loop
-from benchmarks.harness.percentile import p99, p99_name
+from benchmarks.harness.percentile import p99
 from benchmarks.harness.processes import resident_bytes
 from benchmarks.harness.waiting import wait_until
 from mtlora.backbone import identify, resolve
 from mtlora.checkpoint.format import TaskEntry
 from mtlora.client import Access, AsyncClient, Client, ServerError
-from tests.faults._load import Question, questions
+from tests.faults._load import Question, p99_name, questions
 from tests.faults._tenanted import has_task, tenanted
 from tests.faults.scenario import Options, Row
 

@@ -16,7 +16,7 @@ from mtlora_pb.v1 import inference_pb2_grpc
 from benchmarks.harness.adapters import write_random_adapter
 from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
-from benchmarks.harness.percentile import p99, p99_name
+from benchmarks.harness.percentile import p99
 from benchmarks.harness.processes import resident_bytes
 from benchmarks.harness.tenants import tenant, write_tenants
 from mtlora.backbone import identify, resolve
@@ -24,6 +24,7 @@ from mtlora.checkpoint.format import TaskEntry
 from mtlora.client import Access, AsyncClient, Client, ServerError, make_classification
 from mtlora.client.images import make_image
 from mtlora.vision.image_input import ImageInput
+from tests.faults._load import p99_name
 from tests.faults.scenario import Options, Row
 from tests.mtlora.vision.pictures import SVG, animated, bomb, encoded, jpeg_bomb, many_scans, photograph, webp_bomb
 

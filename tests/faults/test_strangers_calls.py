@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.harness.waiting import eventually
 from tests import http2
 from tests.faults import _strangers
 from tests.faults._strangers import HALF_OPEN, IDLE, SLOW, Strangers
 from tests.faults.strangers import were_open
 from tests.server.fakes import Service
+from tests.waiting import eventually
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.harness.asking import closed_loop
-from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, Placement, Retry, ServerError
 from tests.fleet._fleet import Fleet, Member
+from tests.waiting import eventually
 
 IN_FLIGHT = 32
 # Deadline of calls that hang.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mtlora.cli import main
@@ -17,6 +18,8 @@ from mtlora.sweep.grid import Run, SweepError, do, grid, read_result
 from mtlora.sweep.report import markdown, summarise
 from mtlora.sweep.statistics import wilson
 from mtlora.train.config import TrainingConfig
+from mtlora.train.defaults import IMAGES
+from tests.mtlora.vision.models import write_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = ["adapter.r=2", "adapter.num_experts=2", "adapter.num_groups=2", "max_steps=3", "batch_size=4", "threads=1"]
@@ -100,6 +103,32 @@ def test_a_sweep_writes_its_table_resumes_and_refuses_another(tiny_backbone: Pat
     save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     assert main([*command, "--backbone", str(tmp_path / "other")]) == 2
     assert "of another configuration (backbone)" in capsys.readouterr().err
+
+
+def test_a_sweep_over_images_starts_from_their_defaults(tmp_path: Path) -> None:
+    for i in range(48):
+        split, label = ("test" if i < 8 else "train"), ("elm", "oak")[i // 2 % 2]
+        path = tmp_path / "photos" / f"task-{i % 2}" / split / label / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (5 * i, 3 * i, 90)).save(path)
+    own = {"learning_rate": 1e-3, "batch_size": 4, "epochs": 2, "validation_per_task": 2, "frozen_layers": 0}
+    for name, settings in (("open", {}), ("own", own)):
+        adapter = {"r": 2, "num_experts": 2, "num_groups": 2}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"adapter": adapter, **settings}))
+    command = ["sweep", str(tmp_path / "open.json"), str(tmp_path / "own.json"), "--out", str(tmp_path / "sweep")]
+    command += ["--backbone", str(write_model(tmp_path / "backbone")), "--examples-per-task", "12", "--jobs", "2"]
+    for setting in (f"suite={tmp_path / 'photos'}", "max_steps=1", "threads=1"):
+        command += ["--set", setting]
+    assert main(command) == 0
+    taken = {
+        name: json.loads((tmp_path / "sweep" / name / "2-tasks" / "seed-0" / "training.json").read_text())
+        for name in ("open", "own")
+    }
+    assert {name: taken["open"][name] for name in IMAGES} == IMAGES
+    # Half of the backbone's layers stay frozen; the number of examples is the sweep's.
+    assert (taken["open"]["frozen_layers"], taken["open"]["examples_per_task"]) == (1, 12)
+    assert {name: taken["own"][name] for name in own} == own
+    assert taken["own"]["head_learning_rate_scale"] == IMAGES["head_learning_rate_scale"]
 
 
 def test_a_run_that_cannot_be_scored_ends_no_sweep(tiny_backbone: Path, tmp_path: Path) -> None:

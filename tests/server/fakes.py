@@ -97,17 +97,17 @@ class FakeMemory:
         pass
 
 
-class FakeRepository:
+class FakeRegistry:
     """Records its calls."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
 
-    async def load(self, model: str) -> None:
-        self.asked.append(("load", model))
+    async def load(self, name: str) -> None:
+        self.asked.append(("load", name))
 
-    async def unload(self, model: str) -> None:
-        self.asked.append(("unload", model))
+    async def unload(self, name: str) -> None:
+        self.asked.append(("unload", name))
 
 
 async def usage_rows(usage: Usage, granularity: str = "total", span: tuple[int, int] = (0, 2**40)) -> list[Row]:
@@ -151,7 +151,7 @@ class Service:
         self.scheduler, self.admission = self.front.scheduler, self.front.admission
         self.audit = AuditLog(self.settings.audit_log, self.metrics)
         self.engine = cast(Any, FakeEngine())
-        self.repository = cast(Any, FakeRepository())
+        self.registry = cast(Any, FakeRegistry())
         self.servicer = InferenceServicer(
             self.admission,
             self.metrics,
@@ -162,9 +162,10 @@ class Service:
             Decoding(ImageLimits(self.settings.message_limit, self.settings.max_image_pixels), threads=2),
             log_prompts=log_prompts,
         )
-        # There is no registry; a test that needs one sets it.
+        # A test that needs a real registry sets it.
         self.adapters = AdaptersServicer(self.admission)
-        self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.repository)
+        self.adapters.registry = self.registry
+        self.open_inference = OpenInferenceServicer(self.servicer, self.admission, self.adapters)
         self.engine.prompts = PromptEncoder(FakeTokenizer())
         self.servicer.backend = TextBackend(
             self.engine, Residency(FakeMemory(), capacity=2), PromptLimits(max_model_len=64, vocab_size=300)

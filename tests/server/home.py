@@ -4,7 +4,6 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.waiting import eventually
 from mtlora.checkpoint.format import CheckpointError
 from mtlora.checkpoint.read import read_manifest
 from server.job import Lane
@@ -22,6 +21,7 @@ from server.registry.version import AdapterVersion, ElsewhereError, Stage, Stage
 from server.telemetry.metrics import Metrics
 from tests.server.adapters import entry, write_adapter
 from tests.server.slots import TINY, Loads, make_slots
+from tests.waiting import eventually
 
 
 def write(folder: Path, *task_ids: str, seed: int = 0, backbone: Any = TINY, task_bias: bool = True) -> None:

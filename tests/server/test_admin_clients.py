@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from mtlora.client import Access, AsyncClient, Client, ServerError
-from mtlora.evaluation.evaluate import server_answerer
+from mtlora.evaluation.server import server_answerer
 from mtlora.suite.base import Example
 from server import cli
 from tests.faults._certificates import Issued, authority, issue

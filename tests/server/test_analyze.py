@@ -98,7 +98,7 @@ async def test_tasks_of_a_document_get_its_tokens_and_their_own() -> None:
 
 WRONG: dict[str, tuple[list[DocumentTask], dict[str, str], str, str]] = {
     "no source": (["who"], {}, "document", "found none"),
-    "blank": (["who"], {"document": " \n"}, "document", "nothing but blanks"),
+    "blank": (["who"], {"document": " \n"}, "document", "only blanks"),
     "too long": (["who"], {"document": "x" * 60}, "document", "found 63 tokens or more; allowed: up to 62"),
     "no tasks": ([], {"document": "x"}, "tasks", "found 0; allowed: 1 to 1024"),
     "too many": (["who"] * 1025, {"document": "x"}, "tasks", "found 1025"),

@@ -17,16 +17,16 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2 as openinference
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
-from benchmarks.harness.waiting import eventually
 from mtlora.answer.constraint import read
 from mtlora.client import Answer, AsyncClient, ServerError, value_of
 from server.errors import EngineDeadError
 from server.isolation import Limits, in_child
 from server.job import Delta, GenerationJob, ServedTask
-from server.rpc import answers
+from server.rpc import own_types
 from tests.server.adapters import entry
 from tests.server.fakes import Service
 from tests.server.typed import LABEL, TYPED, with_types
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,7 +125,7 @@ async def test_checks_of_one_tenants_types_are_bounded(tmp_path: Path, monkeypat
         release.wait(30)
         return [pickle.dumps((data["pattern"], "regex"))]
 
-    monkeypatch.setattr(answers, "in_child", check)
+    monkeypatch.setattr(own_types, "in_child", check)
     service = Service.with_tenants(tmp_path, {"a": {}, "b": {}}, 64)
     with_types(service)
 
@@ -156,9 +156,9 @@ _REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("label", {"answer": pb.AnswerType(regex="cat|cow")}, "answer: task label has labels"),
     ("number", {"answer": pb.AnswerType(regex="[0-9]")}, "answer: task number has a type, number"),
     ("one", {"answer": pb.AnswerType(), "free": False}, "answer: found no type"),
-    ("one", {"answer": pb.AnswerType(regex="a"), "free": True}, "free: found beside answer"),
+    ("one", {"answer": pb.AnswerType(regex="a"), "free": True}, "free: found together with answer"),
     ("one", {"answer": pb.AnswerType(regex="(a{1000}){1000}")}, "answer: takes more than 10000 states"),
-    ("one", {"answer": pb.AnswerType(json="{")}, "answer: json: json: no JSON"),
+    ("one", {"answer": pb.AnswerType(json="{")}, "answer: json: json: not JSON"),
     ("one", {"answer": pb.AnswerType(grammar='root ::= "a" root?')}, "answer: grammar: grammar: recurses"),
     ("one", {"answer": pb.AnswerType(regex="[^a]")}, "answer: regex: an answer may contain the stop string"),
     (
@@ -245,7 +245,7 @@ async def test_a_calibrated_score_is_tempered(service: Service, client: AsyncCli
 async def test_each_input_of_a_score_has_its_own_status(client: AsyncClient) -> None:
     good, long, blank = await client.score("label", ["a", "b" * 100, " "])
     assert good.label == "cat"
-    for score, reason in ((long, "too long"), (blank, "nothing but blanks")):
+    for score, reason in ((long, "too long"), (blank, "only blanks")):
         assert score.error is not None
         assert score.error.code is grpc.StatusCode.INVALID_ARGUMENT
         assert reason in str(score.error)

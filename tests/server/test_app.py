@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from benchmarks.harness.tenants import tenant, write_tenants
-from benchmarks.harness.waiting import eventually
 from server.app import App
 from server.cli.process import exit_on_sigterm
 from server.settings import load_settings
 from tests.faults._certificates import authority, issue
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ async def test_without_its_supervisor_the_server_exits(app: App, monkeypatch: py
             for host in ("0.0.0.0", "::", "[::]", "10.0.0.1", "example.com")
             for tls in (False, True)
         ),
-        ("0.0.0.0", True, False, None, "no TLS on 0.0.0.0: keys and tokens can be read on their way"),
+        ("0.0.0.0", True, False, None, "no TLS on 0.0.0.0: keys and tokens travel unencrypted"),
         ("0.0.0.0", True, True, None, None),
         ("127.0.0.1", True, False, None, None),
     ],

@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -21,7 +21,7 @@ from mtlora.client import Access, AsyncClient, ServerError
 from server.accounting import AuditError, AuditLog
 from server.telemetry.metrics import Metrics
 from server.tenants import TenantsError, read_tenants
-from tests.server.fakes import FakeRepository, Service
+from tests.server.fakes import FakeRegistry, Service
 from tests.server.helpers import code_of
 
 
@@ -63,12 +63,12 @@ async def test_a_change_is_on_file_before_it_is_made_and_before_its_status(tmp_p
     async with audited(tmp_path) as here:
         before: list[list[dict[str, Any]]] = []
 
-        class Noting(FakeRepository):
-            async def load(self, model: str) -> None:
+        class Noting(FakeRegistry):
+            async def load(self, name: str) -> None:
                 before.append(here.lines())
-                await super().load(model)
+                await super().load(name)
 
-        here.service.open_inference._repository = Noting()  # type: ignore[assignment]
+        here.service.adapters.registry = cast(Any, Noting())
         assert await here.change() is grpc.StatusCode.OK
         received, completed = here.lines()
         assert before == [[received]]
@@ -139,7 +139,7 @@ async def test_nothing_changes_while_the_log_cannot_be_written(tmp_path: Path, m
             patch.setattr(os, "write", full)
             for _ in range(2):
                 assert await here.change(model="two") is grpc.StatusCode.UNAVAILABLE
-        assert here.service.repository.asked == [("load", "one")]
+        assert here.service.registry.asked == [("load", "alpha")]
         assert here.service.value("mtlora_accounting_failures_total", log="audit") == 4
         assert await here.change(model="three") is grpc.StatusCode.OK
         # The torn line stands alone.

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.harness.waiting import eventually
 from mtlora.client import AsyncClient, make_request
 from server.job import Delta, GenerationJob, Lane
 from server.rpc.validation import PromptLimits
 from server.scheduling import batch_turns, engine_turns
 from tests.server.fakes import FakeEngine, Service
+from tests.waiting import eventually
 
 SEQUENCES, STEP_TOKENS = 64, 2048
 # Seconds of a step: a fixed part, a part per sequence, a part per prompt token.

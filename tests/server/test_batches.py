@@ -10,7 +10,6 @@ import grpc
 import pytest
 from mtlora_pb.v1 import inference_pb2_grpc
 
-from benchmarks.harness.waiting import eventually
 from mtlora.client import AsyncClient, BatchAnswer, ServerError, make_batch, make_request
 from server.errors import EngineAbortedError, EngineDeadError
 from server.job import Delta, GenerationJob
@@ -18,6 +17,7 @@ from server.rpc.batch import MAX_BATCH
 from server.scheduling.admission import State
 from server.scheduling.fair_queue import FairQueue
 from tests.server.fakes import FakeEngine, Service
+from tests.waiting import eventually
 
 LOW = -50.0
 
@@ -101,7 +101,7 @@ async def test_a_bad_item_harms_no_other(service: Service, client: AsyncClient) 
     assert streamed == dict(enumerate(ENDS))
     errors: list[Any] = [each.error for each in answers]
     assert errors[1].resource == "none"
-    assert errors[3].violations == [("text", "found nothing but blanks; allowed: a text")]
+    assert errors[3].violations == [("text", "found only blanks; allowed: a text")]
     assert errors[5].violations[0][0] == "parameters.max_new_tokens"
     assert errors[4].retry_after_s == 1.0
     with pytest.raises(ServerError, match="NOT_FOUND"):

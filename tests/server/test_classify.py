@@ -20,7 +20,6 @@ from openinference_pb import grpc_predict_v2_pb2 as oip
 from openinference_pb import grpc_predict_v2_pb2_grpc
 from PIL import Image
 
-from benchmarks.harness.waiting import eventually
 from mtlora.client import AsyncClient, Classification, ServerError
 from mtlora.suite.base import Example
 from mtlora.vision.images import ImageLimits
@@ -36,6 +35,7 @@ from server.tenants import Tenant
 from tests.mtlora.vision.pictures import SVG, animated, bomb, encoded, jpeg_bomb, many_scans, photograph, webp_bomb
 from tests.server.fakes import Service
 from tests.server.pictures import COLOURS, picture_task, with_pictures
+from tests.waiting import eventually
 
 RED, GREEN, BLUE = (encoded(Image.new("RGB", (9, 7), colour)) for colour in ("red", "lime", "blue"))
 POSITIONS = 5

@@ -11,10 +11,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mtlora_pb.v1 import inference_pb2_grpc
 
 from benchmarks.harness.ports import free_port
-from benchmarks.harness.waiting import eventually
 from deploy import manifests
 from mtlora.client import AsyncClient, ServerError, make_request
 from tests.server.fakes import Service
+from tests.waiting import eventually
 
 SHIPPED = (manifests.FOLDER / "kubernetes" / "base" / "service-config.json").read_text()
 

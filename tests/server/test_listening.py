@@ -13,7 +13,6 @@ from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mtlora_pb.v1 import inference_pb2_grpc
 
-from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, MetricsPage, ServerError, make_request
 from server.rpc.anonymous import AnonymousCalls, AnonymousInterceptor
 from server.rpc.listening import listen_for_probes
@@ -22,6 +21,7 @@ from server.settings import SettingsError, load_settings
 from server.telemetry.metrics import Metrics
 from tests.faults._certificates import Issued, authority, issue
 from tests.server.fakes import Service
+from tests.waiting import eventually
 
 
 def served_certificate(address: str) -> x509.Certificate:

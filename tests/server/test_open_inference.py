@@ -16,8 +16,7 @@ from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from mtlora.client import ServerError
 from server.job import ServedTask
-from server.rpc.adapters_service import AdaptersServicer
-from server.rpc.openinference import Repository, parameters, tensors
+from server.rpc.openinference import parameters, tensors
 from server.scheduling.admission import State
 from tests.server.adapters import entry
 from tests.server.fakes import Service
@@ -283,15 +282,14 @@ async def test_tenants_see_their_models_and_admins_change_them(tmp_path: Path) -
         assert (reply.model_name, reply.isLoaded) == ("m", True)
         assert (await stub.RepositoryModelUnload(unload(repository_name="n"), metadata=admin)).isUnloaded
         assert await code("RepositoryModelUnload", unload(), admin) is grpc.StatusCode.INVALID_ARGUMENT
-    assert service.repository.asked == [("load", "m"), ("unload", "n")]
+    assert service.registry.asked == [("load", "m"), ("unload", "n")]
     assert service.engine.running == 0
 
 
 @pytest.mark.parametrize("method", ["RepositoryModelLoad", "RepositoryModelUnload"])
 async def test_a_starting_server_has_no_repository_yet(method: str) -> None:
     async with Service().running() as service, grpc.aio.insecure_channel(service.address) as channel:
-        adapters = AdaptersServicer(service.admission)
-        service.open_inference._repository = Repository(lambda: adapters.registry)
+        del service.adapters.registry
         service.admission.state = State.STARTING
         stub = grpc_predict_v2_pb2_grpc.GRPCInferenceServiceStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as refused:

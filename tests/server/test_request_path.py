@@ -54,9 +54,6 @@ VLLM: dict[str, dict[str, Any]] = {
         "SamplingParams": SimpleNamespace,
         "RequestOutputKind": SimpleNamespace(DELTA=1, FINAL_ONLY=2),
     },
-    "vllm.v1": {},
-    "vllm.v1.engine": {},
-    "vllm.v1.engine.exceptions": {"EngineDeadError": RuntimeError},
 }
 
 

@@ -8,7 +8,6 @@ from typing import cast
 import grpc
 import pytest
 
-from benchmarks.harness.waiting import eventually
 from server.errors import AdapterError, EngineDeadError, from_exception
 from server.registry import residency as module
 from server.registry.adapters import _compile_types
@@ -16,6 +15,7 @@ from server.registry.residency import Residency
 from server.registry.version import AdapterVersion, NoRoomError, Stage, StageError
 from tests.server.adapters import entry
 from tests.server.slots import Loads, serving_version
+from tests.waiting import eventually
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from mtlora_pb.v1 import inference_pb2 as pb
 from mtlora_pb.v1 import inference_pb2_grpc
 
-from benchmarks.harness.waiting import eventually
 from mtlora.client import AsyncClient, ServerError, make_request
 from mtlora.task import TaskSpec
 from server.errors import EngineAbortedError, EngineDeadError
@@ -23,6 +22,7 @@ from server.rpc.generation import AnswerSplitter
 from server.scheduling.admission import State
 from server.telemetry.logs import JsonFormatter
 from tests.server.fakes import Service
+from tests.waiting import eventually
 
 
 @pytest.fixture

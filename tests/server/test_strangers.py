@@ -18,7 +18,6 @@ from mtlora_pb.v1 import inference_pb2_grpc
 from openinference_pb import grpc_predict_v2_pb2 as open_pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
-from benchmarks.harness.waiting import eventually
 from server.errors import task_not_found
 from server.job import ServedTask
 from server.registry.catalog import Catalog
@@ -28,6 +27,7 @@ from server.rpc.pieces import in_pieces
 from tests import http2
 from tests.server.adapters import entry
 from tests.server.fakes import Service
+from tests.waiting import eventually
 
 GENERATE = "/mtlora.v1.Inference/Generate"
 STREAM = "/mtlora.v1.Inference/GenerateStream"
@@ -178,7 +178,9 @@ async def test_a_watcher_that_takes_no_message_holds_up_nobody() -> None:
 async def test_health_names_what_it_does_not_know() -> None:
     async with Service().running() as service, grpc.aio.insecure_channel(service.address) as channel:
         stub, unknown = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckRequest(service="x")
-        with pytest.raises(grpc.aio.AioRpcError, match="found service 'x'"):
+        with pytest.raises(
+            grpc.aio.AioRpcError, match=r"service: found 'x'; allowed: an empty name, mtlora\.v1\.Inference"
+        ):
             await stub.Check(unknown)
         assert (await stub.Watch(unknown).read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 

@@ -8,12 +8,12 @@ import grpc
 import pytest
 from mtlora_pb.v1 import inference_pb2_grpc
 
-from benchmarks.harness.waiting import eventually
 from mtlora.client import AsyncClient, make_request
 from server.errors import RequestFailedError
 from server.job import Delta, TokenLogprob, TokenLogprobs
 from server.rpc.stream import unhurried
 from tests.server.fakes import Service
+from tests.waiting import eventually
 
 LOGPROBS = TokenLogprobs(TokenLogprob(1, "x", -0.5), ())
 

@@ -9,11 +9,11 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from benchmarks.harness.waiting import eventually
 from server.engine import Engine, EngineFailure, EngineGaveUpError, EngineStartError, Supervisor
 from server.engine.stats import EngineStats
 from server.errors import EngineDeadError
 from server.settings import Settings
+from tests.waiting import eventually
 
 STEP = EngineStats(running=1, waiting=0, kv_cache_usage=0.0, prefix_cache_queries=0, prefix_cache_hits=0)
 
@@ -63,7 +63,14 @@ class Setting:
         self.engines: list[FakeEngine] = []
         self.next_starts = True
         self.listener = Listener()
-        self.supervisor = Supervisor(self.make, self.listener, hang_s=5.0, max_failures=max_failures, window_s=60.0)
+        self.supervisor = Supervisor(
+            self.make,
+            self.listener.engine_started,
+            self.listener.engine_lost,
+            hang_s=5.0,
+            max_failures=max_failures,
+            window_s=60.0,
+        )
 
     def make(self) -> Any:
         self.engines.append(FakeEngine())
@@ -150,6 +157,20 @@ async def test_compiling_is_no_hang_but_ends_with_the_engine() -> None:
     engine.lose()
     with pytest.raises(EngineDeadError):
         await compiling
+
+
+async def test_vllms_error_of_a_dead_engine_becomes_the_servers_own() -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+    async def dead(*_: Any) -> None:
+        raise VllmEngineDeadError
+
+    engine = Engine(Settings(allow_no_tasks=True), backbone=None, on_stats=lambda _: None)  # type: ignore[arg-type]
+    engine._llm = MagicMock()
+    engine._llm.engine_core.call_utility_all_async = dead
+    for work in (engine.worker_stats, lambda: engine.compile(["x"])):
+        with pytest.raises(EngineDeadError):
+            await work()
 
 
 async def test_work_for_an_engine_that_starts_is_told_so() -> None:

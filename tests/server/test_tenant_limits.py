@@ -13,7 +13,6 @@ from openinference_pb import grpc_predict_v2_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
 from benchmarks.harness.tenants import tenant, write_tenants
-from benchmarks.harness.waiting import eventually
 from mtlora.client import ServerError, make_request
 from mtlora.prompt import PromptEncoder
 from server.errors import RequestFailedError
@@ -25,6 +24,7 @@ from tests.server.adapters import entry
 from tests.server.fakes import FakeTokenizer, Service
 from tests.server.front import Front
 from tests.server.helpers import code_of
+from tests.waiting import eventually
 
 # Above this, inputs are tokenized beside the event loop.
 LARGE = 9000

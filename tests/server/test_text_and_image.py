@@ -12,7 +12,6 @@ from openinference_pb import grpc_predict_v2_pb2 as oip
 from openinference_pb import grpc_predict_v2_pb2_grpc
 from PIL import Image
 
-from benchmarks.harness.waiting import eventually
 from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.messages import make_request
 from server.cli import main
@@ -21,6 +20,7 @@ from server.rpc.inference_service import _routing_key
 from tests.mtlora.vision.pictures import bomb, encoded
 from tests.server.fakes import FakeEngine, Service
 from tests.server.pictures import FakeVisionEngine, described_task, with_pictures
+from tests.waiting import eventually
 
 RED, GREEN = (encoded(Image.new("RGB", (9, 7), colour)) for colour in ("red", "lime"))
 PLACEHOLDER = 299
@@ -103,8 +103,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "allowed: [3, 28, 28]",
     ),
     "no text": ({"task_id": "ask", "image": RED}, "input", "found none"),
-    "blank": ({"task_id": "ask", "input": " ", "image": RED}, "text", "nothing but blanks"),
-    "a text too many": ({"task_id": "look", "input": "x", "image": RED}, "text", "task look takes its image alone"),
+    "blank": ({"task_id": "ask", "input": " ", "image": RED}, "text", "only blanks"),
+    "a text too many": ({"task_id": "look", "input": "x", "image": RED}, "text", "task look takes only an image"),
     "another field": (
         {"task_id": "ask", "input": {"input": "x", "image": "y"}, "image": RED}, "fields.values[image]", "unknown"
     ),
@@ -203,7 +203,7 @@ async def test_not_finite_states_end_their_request_alone(service: Service, clien
         return np.nan * await encode(*arguments)
 
     images.encode = nothing  # type: ignore[method-assign]
-    with pytest.raises(ServerError, match="gave up on this request"):
+    with pytest.raises(ServerError, match="aborted this request"):
         await client.generate("ask", "x", image=RED)
     assert (await client.generate("one", "x")).text == "ab"
 

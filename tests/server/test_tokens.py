@@ -22,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.harness.tenants import tenant, write_tenants
-from benchmarks.harness.waiting import eventually
 from mtlora.client import Access, AsyncClient, ServerError
 from server.errors import RequestFailedError
 from server.tenants import Directory, TenantsError, read_tenants
@@ -30,6 +29,7 @@ from server.tenants.authentication import Authenticator
 from server.tenants.config import Issuer
 from server.tenants.jwks import JWKSError, read_jwks, read_keys_of
 from tests.server.fakes import Service
+from tests.waiting import eventually
 
 ISSUER = "https://login.example.com/"
 # Strategies for an issuer's configuration: any JSON value, and objects with the right members.

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from mtlora_pb.v1 import adapters_pb2 as pb
 from mtlora_pb.v1 import adapters_pb2_grpc
 
-from benchmarks.harness.waiting import eventually
 from mtlora.cli import main
 from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.errors import server_errors
@@ -28,6 +27,7 @@ from server.registry.uploads import Uploads
 from tests.server.fakes import Service
 from tests.server.home import Home, write
 from tests.servicers import serving_here
+from tests.waiting import eventually
 
 MAX_BYTES = 1 << 20
 

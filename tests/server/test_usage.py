@@ -22,7 +22,6 @@ from mtlora_pb.v1 import inference_pb2 as pb
 from openinference_pb import grpc_predict_v2_pb2 as oi
 from openinference_pb import grpc_predict_v2_pb2_grpc
 
-from benchmarks.harness.waiting import eventually
 from mtlora.client import Client, ServerError
 from server.accounting import Usage, UsageCounts, UsageError
 from server.accounting.journal import Journal, Record, parse
@@ -34,6 +33,7 @@ from server.telemetry.metrics import Metrics
 from server.tenants import Tenant
 from tests.server.fakes import Service, usage_rows
 from tests.server.front import Clock
+from tests.waiting import eventually
 
 NOON = int(datetime(2026, 11, 30, 12, tzinfo=UTC).timestamp())
 DAY = 86400
@@ -228,7 +228,7 @@ async def test_a_budget_is_refused_until_its_period_ends_also_after_a_restart(
         usage = Usage(tmp_path, metrics, clock)
     if quota.startswith("monthly"):
         clock.now += 2 * DAY
-    with pytest.raises(Exception, match=f"tenant:a: 10 {quota}") as refused:
+    with pytest.raises(Exception, match=f"tenant:a: over its quota: 10 {quota}") as refused:
         usage.check(limited)
     error = refused.value
     wait = next(each for each in error.details if isinstance(each, error_details_pb2.RetryInfo)).retry_delay.seconds
@@ -347,7 +347,7 @@ async def test_a_tenant_over_its_budget_is_refused_at_receipt(tmp_path: Path) ->
             with pytest.raises(ServerError) as refused:
                 await client.generate("one", "abc")
             assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert refused.value.message == "tenant:a: 1 daily_requests"
+            assert refused.value.message == "tenant:a: over its quota: 1 daily_requests"
             assert 0 < (refused.value.retry_after_s or 0) <= DAY
             assert len(service.engine.jobs) == 1
         assert service.value("mtlora_quota_refusals_total", tenant="a", quota="daily_requests") == 1

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.harness.waiting import eventually
 from mtlora.checkpoint.format import ProjectorConfig
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.vision.families import VisionConfig
@@ -29,6 +28,7 @@ from server.registry.version import ElsewhereError, StageError
 from tests.faults._bad_files import KINDS
 from tests.server.adapters import entry, write_adapter
 from tests.server.slots import TINY
+from tests.waiting import eventually
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mtlora.answer import AnswerType, Label
 from mtlora.suite.base import Example, Split, SuiteError, check_split, seeded, unknown_task
-from mtlora.suite.vision.canvas import SIZE, Canvas, named
+from mtlora.suite.vision.canvas import Canvas, named
 from mtlora.suite.vision.figures import figure
 from mtlora.task import TaskSpec
 from mtlora.vision.image_input import ImagePreparation
@@ -187,5 +187,5 @@ def _spec(task: PictureQuestion) -> TaskSpec:
         template=f"{{image}}\n{task.question}\nAnswer:",
         max_new_tokens=40 if task.answer is None else 8,
         answer=task.answer,
-        picture=ImagePreparation(size=SIZE),
+        picture=ImagePreparation(),
     )

@@ -1,6 +1,5 @@
 """The Open Inference Protocol v2 over gRPC, for KServe's and Triton's clients: every task is a model."""
 
-from server.rpc.openinference.repository import Repository
 from server.rpc.openinference.servicer import OpenInferenceServicer
 
-__all__ = ["OpenInferenceServicer", "Repository"]
+__all__ = ["OpenInferenceServicer"]

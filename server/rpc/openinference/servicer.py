@@ -11,11 +11,11 @@ from mtlora import __version__
 from server.call import current_call
 from server.errors import Violation, invalid_argument, task_not_found
 from server.job import ServedTask
+from server.rpc.adapters_service import AdaptersServicer, statuses
 from server.rpc.batch import TextItem, answering, samples
 from server.rpc.classify import ImageItem, classifying
 from server.rpc.inference_service import InferenceServicer
 from server.rpc.openinference import parameters, tensors
-from server.rpc.openinference.repository import Repository
 from server.rpc.pictures import Picture
 from server.rpc.pieces import in_pieces
 from server.rpc.scoring import scoring
@@ -30,10 +30,10 @@ _EXTENSIONS = ("model_repository",)
 class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceServicer):
     """Calls run through `service`: tenants, quotas, validation and queue are the same as for native calls."""
 
-    def __init__(self, service: InferenceServicer, admission: Admission, repository: Repository) -> None:
+    def __init__(self, service: InferenceServicer, admission: Admission, adapters: AdaptersServicer) -> None:
         self._service = service
         self._admission = admission
-        self._repository = repository
+        self._adapters = adapters
 
     async def ServerLive(self, request: pb.ServerLiveRequest, context: Any) -> pb.ServerLiveResponse:
         return pb.ServerLiveResponse(live=True)
@@ -84,9 +84,7 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
             TextItem(each, task, call, 1 if scored else samples_of(each, task), index)
             for index, each in enumerate(requests)
         ]
-        backend = self._service.backend
-        score = scoring(backend.engine.prompts, backend.limits.max_model_len, calibrated=True)
-        await self._service.batches.whole(items, score if scored else samples)
+        await self._service.batches.whole(items, scoring(self._service.backend, calibrated=True) if scored else samples)
         return items
 
     async def _classify(self, request: pb.ModelInferRequest, task: ServedTask) -> list[ImageItem]:
@@ -124,22 +122,24 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         self, request: pb.RepositoryModelLoadRequest, context: Any
     ) -> pb.RepositoryModelLoadResponse:
         name = self._model_to_change(request)
-        await self._repository.load(name)
+        adapter = self._adapter_of(name)
+        with statuses(adapter):
+            await self._adapters.registry.load(adapter)
         return pb.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Any
     ) -> pb.RepositoryModelUnloadResponse:
         name = self._model_to_change(request)
-        await self._repository.unload(name)
+        adapter = self._adapter_of(name)
+        with statuses(adapter):
+            await self._adapters.registry.unload(adapter)
         return pb.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)
 
     def _task(self, name: str, version: str) -> ServedTask:
         if not name:
-            raise invalid_argument([Violation("name", "found none; RepositoryIndex has those that can be asked")])
-        task = self._service.find(name)
-        if task is None:
-            raise self._service.not_found(name)
+            raise invalid_argument([Violation("name", "found none; allowed: a model that RepositoryIndex shows")])
+        task = self._service.task(name)
         if version and version != task.adapter_version:
             raise task_not_found(f"{name}/{version}", [f"{name}/{task.adapter_version}"])
         return task
@@ -154,6 +154,11 @@ class OpenInferenceServicer(grpc_predict_v2_pb2_grpc.GRPCInferenceServiceService
         if not name:
             raise invalid_argument([Violation("model_name", "found none; allowed: a model's name")])
         return name
+
+    def _adapter_of(self, model: str) -> str:
+        """The adapter of a served task, or the model itself: an adapter's name."""
+        task = self._service.catalog.tasks.get(model)
+        return task.adapter_name if task else model
 
 
 def _response(request: pb.ModelInferRequest, task: ServedTask, items: Sequence[Any]) -> pb.ModelInferResponse:

@@ -333,6 +333,6 @@ def test_convert_command_writes_a_checkpoint(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
     assert main([*common[:2], str(tmp_path / "other"), *common[3:], "--task", "a"]) == 2
-    assert "'mine.txt', which is no checkpoint file" in capsys.readouterr().err
+    assert "'mine.txt', which is not a checkpoint file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(common)

@@ -84,7 +84,7 @@ def test_replaces_the_target_of_a_link(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["notes.txt", ".git", "adapter.json.bak"])
 def test_never_replaces_a_folder_of_other_files(tmp_path: Path, name: str) -> None:
     (tmp_path / "home" / name).mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=rf"home: not replaced: holds '{name}', which is no checkpoint file"):
+    with pytest.raises(CheckpointError, match=rf"home: not replaced: holds '{name}', which is not a checkpoint file"):
         write_random(tmp_path / "home")
     assert os.listdir(tmp_path / "home") == [name]
 

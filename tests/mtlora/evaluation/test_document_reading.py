@@ -7,10 +7,10 @@ import torch
 
 from mtlora.checkpoint.format import AdapterManifest, Checkpoint, TaskEntry, format_version
 from mtlora.config import MtLoRAConfig
-from mtlora.evaluation.evaluate import offline_answerer
 from mtlora.evaluation.generate import Prompt, greedy_tokens
 from mtlora.evaluation.lengths import by_document_length
 from mtlora.evaluation.likelihood import label_probabilities, likeliest
+from mtlora.evaluation.offline import offline_answerer
 from mtlora.merge.compare import compare
 from mtlora.model.language import AdaptedModel, adapter_tensors
 from mtlora.prompt import PromptEncoder

@@ -12,24 +12,20 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from benchmarks.harness.ports import free_port
 from mtlora.answer.labels import LabelTree
 from mtlora.checkpoint.format import TENSORS_FILE, TaskEntry
 from mtlora.checkpoint.read import read_manifest
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.cli import main
-from mtlora.cli.evaluate import summary
+from mtlora.cli.scores import summary
 from mtlora.config import MtLoRAConfig
-from mtlora.evaluation.evaluate import (
-    PromptError,
-    few_shot_prompt,
-    likelihood_answerer,
-    offline_answerer,
-    plain_prompt,
-    score,
-    server_answerer,
-)
 from mtlora.evaluation.generate import Prompt, greedy_answers, greedy_tokens
 from mtlora.evaluation.likelihood import label_probabilities, likeliest, options_of
+from mtlora.evaluation.offline import PromptError, likelihood_answerer, offline_answerer
+from mtlora.evaluation.scores import score
+from mtlora.evaluation.server import server_answerer
+from mtlora.evaluation.shots import few_shot_prompt, plain_prompt
 from mtlora.model.language import AdaptedModel, adapter_tensors
 from mtlora.suite import Example, FolderSuite
 from tests.factories import random_adapted
@@ -263,8 +259,8 @@ def test_the_bar_moves_while_the_first_answer_is_awaited(monkeypatch: pytest.Mon
                 time.sleep(0.01)
             return SimpleNamespace(text=f"answer {text}")
 
-    monkeypatch.setattr("mtlora.evaluation.evaluate._bar", lambda *arguments: bar)
-    monkeypatch.setattr("mtlora.client.Client", lambda address, access: nullcontext(Client()))
+    monkeypatch.setattr("mtlora.evaluation.server.answer_bar", lambda *arguments: bar)
+    monkeypatch.setattr("mtlora.evaluation.server.Client", lambda address, access: nullcontext(Client()))
     assert server_answerer("nowhere", concurrency=2)(examples) == [f"answer {i}" for i in range(8)]
     assert bar.n == 8
 
@@ -280,7 +276,7 @@ def test_the_backbone_alone_needs_no_adapter(tiny_backbone: Path, folder: Path, 
     [
         (["--shots", "-1"], "--shots: found -1; allowed: 0 or more"),
         (["--examples", "0"], "--examples: found 0; allowed: 1 or more"),
-        (["--through", "127.0.0.1:1", "--shots", "1"], "--through: a server has its own prompts"),
+        (["--through", "127.0.0.1:1", "--shots", "1"], "--through: needs --adapter, without --shots"),
         (["--suite", "bbh-generated"], "the adapter has no task boolean_expressions"),
     ],
 )
@@ -289,6 +285,15 @@ def test_eval_refuses_wrong_flags(
 ) -> None:
     assert main(["eval", "--backbone", str(tiny_backbone), "--adapter", str(checkpoint), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_answer_is_named_in_one_line(
+    tiny_backbone: Path, checkpoint: Path, folder: Path, capsys
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    flags = ["--adapter", str(checkpoint), "--suite", str(folder), "--examples", "2", "--through", address]
+    assert main(["eval", "--backbone", str(tiny_backbone), *flags]) == 2
+    assert f"mtlora: error: {address}: UNAVAILABLE: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--adapter-only", "--record"])

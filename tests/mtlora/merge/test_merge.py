@@ -255,7 +255,7 @@ def test_refuses_an_output_folder_of_other_files_before_training(tiny_backbone: 
     write_tiny(tiny_backbone, tmp_path / "before", config)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"'a.txt', which is no checkpoint file"):
+    with pytest.raises(CheckpointError, match=r"'a.txt', which is not a checkpoint file"):
         merge(
             read_checkpoint(tmp_path / "before"), tiny_backbone, tmp_path / "mine",
             TrainingConfig(adapter=config, tasks=("object_counting",)),

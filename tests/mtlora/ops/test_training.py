@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.ops import expert_loop, peak_bytes, training_variants
+from benchmarks.ops.layer import expert_loop, peak_bytes, training_variants
 from mtlora.ops import cpu_training
 from mtlora.ops.reference import routed_lora_reference
 from mtlora.ops.training import path_with_gradients

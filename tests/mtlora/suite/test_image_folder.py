@@ -300,7 +300,7 @@ def test_every_unreadable_file_is_listed(tmp_path: Path) -> None:
     with pytest.raises(SuiteError) as caught:
         check_readable((e, 8) for split in SPLITS for e in suite.examples("t", split, None))
     told = str(caught.value)
-    assert told.startswith("4 of 12 images cannot be read; mend or remove them: ")
+    assert told.startswith("4 of 12 images cannot be read; repair or remove them, or set unreadable_images to skip: ")
     for reason in (
         "a/0.png: found a GIF; allowed: PNG, JPEG, WebP, TIFF, PPM, BMP",
         "b/1.png: found a PNG that cannot be decoded",
@@ -308,6 +308,16 @@ def test_every_unreadable_file_is_listed(tmp_path: Path) -> None:
         "b/3.png: found a TIFF of 2 pages; allowed: 1",
     ):
         assert reason in told
+
+
+def test_of_many_unreadable_files_twenty_are_listed(tmp_path: Path) -> None:
+    _classes(tmp_path / "t", count=15)
+    for file in tmp_path.rglob("*.png"):
+        file.write_bytes(file.read_bytes()[:-30] + file.name.encode())
+    suite = load_suite(str(tmp_path))
+    with pytest.raises(SuiteError, match=r"^30 of 30 images cannot be read; .*; and 10 more$") as caught:
+        check_readable((e, 8) for split in SPLITS for e in suite.examples("t", split, None))
+    assert str(caught.value).count("cannot be decoded") == 20
 
 
 def test_a_photograph_beyond_a_clients_limits_is_read(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtlora.cli import main
-from mtlora.evaluation.evaluate import few_shot_prompt
 from mtlora.evaluation.likelihood import options_of
+from mtlora.evaluation.shots import few_shot_prompt
 from mtlora.suite import InstructionSuite, MMLUSuite, SuiteError, load_suite
 from mtlora.train.config import TrainingConfig
 from mtlora.train.trainer import Trainer

@@ -17,7 +17,7 @@ from mtlora.cli import main
 from mtlora.errors import MtLoRAError
 from mtlora.evaluation.images import checkpoint_labeller, linear_heads, pixels
 from mtlora.model.vision import load_adapted_encoder
-from mtlora.suite import SuiteError, load_suite
+from mtlora.suite import SPLITS, SuiteError, load_suite
 from mtlora.train.augment import augmented
 from mtlora.train.config import TrainingConfig
 from mtlora.train.trainer import StepReport, Trainer
@@ -196,6 +196,32 @@ def test_unreadable_files_of_all_splits_stop_a_run_before_it_writes(
     assert not (tmp_path / "run").exists()
 
 
+def test_unreadable_files_may_be_left_out(
+    backbone: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite = _copy(folder, tmp_path / "suite")
+    bad = {next((suite / "half" / where).glob("*.png")) for where in ("train/left", "train/right", "test/left")}
+    for file in bad:
+        file.write_bytes(file.read_bytes()[:-40])
+    config = _config(suite, examples_per_task=None, max_steps=1, unreadable_images="skip")
+    told = "suite suite: 3 images left out, which cannot be read: 2 of half/left, 1 of half/right"
+    with pytest.warns(UserWarning, match=told):
+        trainer = Trainer(config, backbone, tmp_path / "run")
+    trainer.fit()
+    splits = {split: trainer.suite.examples("half", split, None) for split in SPLITS}
+    assert {e.image for found in splits.values() for e in found} == {*(suite / "half").glob("*/*/*.png")} - bad
+    assert {e.image for e in splits["train"]} < {e.image for e in trainer.work.train}  # type: ignore[attr-defined]
+    with pytest.raises(SuiteError, match="has 15 test inputs, 16 were asked for"):
+        trainer.suite.examples("half", "test", 16)
+    arguments = ["eval", "--backbone", str(backbone), "--suite", str(suite), "--adapter", str(tmp_path / "run/adapter")]
+    assert main(arguments) == 2
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match=told):
+        assert main([*arguments, "--unreadable-images", "skip", "--json", str(tmp_path / "x.json")]) == 0
+    scores = json.loads((tmp_path / "x.json").read_text())["adapter"]["tasks"]
+    assert {name: task["total"] for name, task in scores.items()} == {"bright": 16, "half": 15}
+
+
 def test_a_file_that_breaks_during_a_run_is_named(backbone: Path, folder: Path, tmp_path: Path) -> None:
     suite = _copy(folder, tmp_path / "suite")
     work = Trainer(_config(suite), backbone, tmp_path / "run").work
@@ -220,7 +246,8 @@ def test_eval_refuses_what_it_cannot_score(
     whole = file.read_bytes()
     file.write_bytes(whole[:-40])
     assert main(arguments) == 2
-    assert f"1 of 32 images cannot be read; mend or remove them: {file}: " in capsys.readouterr().err
+    told = f"1 of 32 images cannot be read; repair or remove them, or set unreadable_images to skip: {file}: "
+    assert told in capsys.readouterr().err
     file.write_bytes(whole)
     (suite / "half" / "train" / "left").rename(suite / "half" / "train" / "west")
     assert main(arguments) == 2
@@ -323,7 +350,11 @@ def test_the_command_tells_its_plan_its_progress_and_what_linear_heads_reach(
 
 @pytest.mark.parametrize(
     ("name", "changes", "size", "pooling"),
-    [("siglip", {}, 112, "mean"), ("clip", {"patch_size": 32, "image_size": 224}, 224, "cls_mean")],
+    [
+        ("siglip", {}, 112, "mean"),
+        ("clip", {"patch_size": 32, "image_size": 224}, 224, "cls_mean"),
+        ("dinov3", {"patch_size": 16, "image_size": 224}, 112, "cls_mean"),
+    ],
 )
 def test_size_and_pooling_follow_the_backbone(
     folder: Path, tmp_path: Path, name: str, changes: dict[str, int], size: int, pooling: str

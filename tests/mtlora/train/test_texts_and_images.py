@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mtlora.backbone import identify
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.errors import MtLoRAError
-from mtlora.evaluation.evaluate import offline_answerer, offline_labeller, with_other_images
+from mtlora.evaluation.answerers import with_other_images
+from mtlora.evaluation.offline import offline_answerer, offline_labeller
 from mtlora.model.language import load_adapted_model
 from mtlora.train.config import TrainingConfig
 from mtlora.train.trainer import Trainer
@@ -102,5 +104,36 @@ def test_what_cannot_be_trained_is_refused(tiny_backbone: Path, vision: Path, tm
         Trainer(_config(), tiny_backbone, tmp_path / "run")
     with pytest.raises(MtLoRAError, match="with tasks that take an image: the adapter alone"):
         Trainer(_config(baseline={"method": "lora"}), tiny_backbone, tmp_path / "run", vision=vision)
-    with pytest.raises(MtLoRAError, match="expected a multiple of 3 x 3 patches"):
-        Trainer(_config(merge_patches=3), tiny_backbone, tmp_path / "run", vision=vision)
+    suite = _folder(tmp_path / "suite", {"size": 112})
+    with pytest.raises(MtLoRAError, match="112 x 112 pixels: expected a multiple of 3 x 3 patches of 14, 42"):
+        Trainer(_config(**suite, merge_patches=3), tiny_backbone, tmp_path / "run", vision=vision)
+
+
+def _folder(folder: Path, picture: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a suite of one task with such a `picture`."""
+    folder.mkdir()
+    examples = []
+    for i in range(20):
+        Image.new("RGB", (20, 20), (255 - i, i, 0)).save(folder / f"{i}.png")
+        examples.append({"input": "What is it?", "image": f"{i}.png", "target": "red"})
+    (folder / "ask.json").write_text(json.dumps({"picture": picture, "examples": examples}))
+    return {"suite": str(folder), "tasks": None, "examples_per_task": 4, "validation_per_task": 0, "max_steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("picture", "merge", "size", "soft_tokens"),
+    [({"size": 168}, 2, 168, 36), ({"size": 168}, 4, 168, 9), ({}, 2, 112, 16), ({}, 3, 42, 1), ({}, 8, 112, 1)],
+)
+def test_a_task_states_the_size_of_its_images_or_follows_the_patches(
+    tiny_backbone: Path, vision: Path, tmp_path: Path, picture: dict[str, Any], merge: int, size: int, soft_tokens: int
+) -> None:
+    config = _config(**_folder(tmp_path / "suite", picture), merge_patches=merge)
+    trainer = Trainer(config, tiny_backbone, tmp_path / "run", vision=vision)
+    manifest = trainer.fit()
+    assert [task.picture.size for task in manifest.tasks if task.picture] == [size]
+    key = next(each.image.key for each in trainer.work.examples.train if each.image)  # type: ignore[attr-defined]
+    assert len(trainer.adapted.reader.states([key])) == soft_tokens
+    # A checkpoint is read with the size that it was trained with.
+    adapted = load_adapted_model(tiny_backbone, read_checkpoint(tmp_path / "run" / "adapter"), torch.float32, vision)
+    (answer,) = offline_answerer(adapted, manifest.tasks)(trainer.suite.examples("ask", "train", 1))
+    assert isinstance(answer, str)

@@ -11,6 +11,7 @@ _SIZES: dict[str, Any] = {
 }  # fmt: skip
 _TWO_LAYERS = {"intermediate_size": 64}
 _DINO = {"mlp_ratio": 2}
+_OTHER_BIASES = {"key_bias": True, "query_bias": False, "value_bias": False, "proj_bias": False, "mlp_bias": False}
 # Family, and what differs from its configuration's defaults.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit", _TWO_LAYERS),
@@ -18,6 +19,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("dinov2", _DINO),
     "dinov2 with gates": ("dinov2", _DINO | {"use_swiglu_ffn": True}),
     "dinov2 with registers": ("dinov2_with_registers", _DINO | {"num_register_tokens": 3}),
+    "dinov3": ("dinov3_vit", _TWO_LAYERS | {"num_register_tokens": 3}),
+    "dinov3 with gates": ("dinov3_vit", _TWO_LAYERS | {"use_gated_mlp": True, "hidden_act": "silu"}),
+    "dinov3 with other biases": ("dinov3_vit", _TWO_LAYERS | _OTHER_BIASES),
     "siglip": ("siglip_vision_model", _TWO_LAYERS),
     "siglip2": ("siglip2_vision_model", _TWO_LAYERS | {"num_patches": (SIZE // PATCH) ** 2}),
     "clip": ("clip_vision_model", _TWO_LAYERS),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_refuses_images_that_patches_do_not_fill(folder: Path, shape: tuple[int,
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "llama"}, "model_type: expected a vision backbone, one of vit, dinov2, .* found 'llama'"),
+        ({"model_type": "llama"}, "model_type: found 'llama'; allowed for images: vit, dinov2, "),
         ({"model_type": None}, "found None"),
         ({"patch_size": [14, 16]}, r"patch_size: expected a square, found \[14, 16\]"),
         ({"image_size": [56, 70]}, r"image_size: expected a square, found \[56, 70\]"),
@@ -143,6 +144,31 @@ def test_refuses_folders_that_do_not_fit(folder: Path, tmp_path: Path, config: d
     with pytest.raises(BackboneError, match=message) as caught:
         load_encoder(changed(folder, tmp_path / "x", **config))
     assert str(tmp_path / "x") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("dinov3", {"num_attention_heads": 16}, "found 16 heads of 32 dimensions in all; allowed with rotary"),
+        ("dinov3", {"use_gated_mlp": True}, "tensor model.layers.0.mlp.gate_proj.weight: expected"),
+        ("dinov3 with gates", {"use_gated_mlp": False}, "tensor model.layers.0.mlp.fc1.weight: expected"),
+        ("dinov3", {"key_bias": True}, "tensor model.layers.0.self_attn.k_proj.bias: expected in a dinov3_vit"),
+    ],
+)
+def test_refuses_dinov3_folders_that_do_not_fit(
+    tmp_path: Path, name: str, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BackboneError, match=message):
+        load_encoder(changed(write_model(tmp_path / "model", name), tmp_path / "x", **config))
+
+
+@pytest.mark.parametrize("read", [read_config, load_encoder, identify])
+def test_refuses_a_convolutional_dinov3_and_names_what_is_allowed(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    from transformers import DINOv3ConvNextConfig
+
+    DINOv3ConvNextConfig(architectures=["DINOv3ConvNextModel"]).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match=r"model_type: found 'dinov3_convnext'.*; allowed.* images.* dinov3_vit, "):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}" * 100, b"\xff" * 100])

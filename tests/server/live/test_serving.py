@@ -5,13 +5,13 @@ import json
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 from google.protobuf import descriptor_pool, message_factory
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from mtlora_pb.v1 import inference_pb2 as pb
 
+from benchmarks.harness.processes import resident_bytes
 from benchmarks.harness.waiting import wait_until
 from mtlora.client import AsyncClient, Client, ServerError
 from mtlora.client.metrics_page import MetricsPage
@@ -352,9 +352,7 @@ def test_logs_json_without_prompts(server: ServerProcess, client: Client) -> Non
 
 
 def test_all_processes_stay_below_four_gib(server: ServerProcess) -> None:
-    root = psutil.Process(server.process.pid)
-    resident = sum(process.memory_info().rss for process in (root, *root.children(recursive=True)))
-    assert resident < 4 << 30
+    assert resident_bytes(server.process.pid) < 4 << 30
 
 
 def test_the_ask_command_prints_the_answer_or_the_error(server: ServerProcess, client: Client) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from benchmarks.types import Question, by_working, is_of_type
+from benchmarks.server.typed_answers import Question, by_working, is_of_type
 from mtlora.answer import AnswerType
 from mtlora.suite.base import Example
 

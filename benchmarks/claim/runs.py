@@ -1,9 +1,5 @@
-"""The paper's claim on images: accuracy against the number of tasks, by method (docs/claim.md). `make claim`.
+"""The claim's cells: each is one run of a sweep, with a folder for its result."""
 
-After a stop, the same command continues. Every cell is one run of a sweep, with a folder for its result.
-"""
-
-import argparse
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,11 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.claim_cells import LOWER, UPPER
-from benchmarks.claim_decisions import BLOCK, COLLAPSING, DECIDING, MAP_METHODS, MAPS, PLAIN, ROUTING, TOLD, WHOLE
-from benchmarks.claim_report import write_claim
-from benchmarks.claim_results import KEPT, keep, restore
-from mtlora.backbone import resolve
+from benchmarks.claim.cells import LOWER, UPPER
+from benchmarks.claim.decisions import COLLAPSING, DECIDING, MAP_METHODS, MAPS, TOLD
+from benchmarks.claim.methods import BOUNDS, DECISIVE, METHODS
+from benchmarks.claim.report import write_claim
 from mtlora.suite.vision.maps import PREFIX
 from mtlora.sweep.grid import Run, do, read_result, run_folder, task_order
 from mtlora.train.config import TrainingConfig
@@ -29,40 +24,6 @@ BATCH = 32
 _NO_RATE = 7e-4
 # The upper bound's rate is chosen on this many single tasks.
 _SINGLE = 5
-_ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-
-
-def _lora(r: int, modules: Sequence[str]) -> dict[str, Any]:
-    baseline = {"method": "lora", "r": r, "lora_alpha": 2.0 * r, "target_modules": list(modules)}
-    return {"baseline": baseline, "spectral": "off", "balance_weight": 0.0}
-
-
-def _block(groups: int, spectral: str, task_bias: bool = False) -> dict[str, Any]:
-    adapter = {"r": 16, "lora_alpha": 32.0, "num_experts": 8, "num_groups": groups, "task_bias": task_bias}
-    return {"adapter": adapter, "spectral": spectral, "spectral_weight": 1e-3}
-
-
-# Equal parameters: 0.81 M beside the backbone of hidden size 384 and 12 layers.
-METHODS: dict[str, dict[str, Any]] = {
-    COLLAPSING: _lora(16, ["q_proj", "v_proj"]),
-    "LoRA q,v, equal parameters": _lora(44, ["q_proj", "v_proj"]),
-    "LoRA all": _lora(16, _ALL_LINEAR),
-    PLAIN: _lora(10, _ALL_LINEAR),
-    "HydraLoRA q,v": {
-        "baseline": {"method": "hydralora", "r": 16, "num_experts": 8, "target_modules": ["q_proj", "v_proj"]},
-        "spectral": "off",
-    },
-    BLOCK: _block(1, "off"),
-    "block + spectral": _block(1, "pairwise"),
-    ROUTING: _block(4, "off"),
-    WHOLE: _block(4, "pairwise"),
-    TOLD: _block(4, "pairwise", task_bias=True),
-}
-_DECISIVE = (COLLAPSING, PLAIN, BLOCK, ROUTING, WHOLE)
-_BOUNDS: dict[str, dict[str, Any]] = {
-    LOWER: {"baseline": {"method": "heads"}, "spectral": "off", "balance_weight": 0.0},
-    UPPER: METHODS[WHOLE],
-}
 # Part, name and configuration of a run.
 Cell = tuple[str, str, TrainingConfig]
 
@@ -117,7 +78,7 @@ class Claim:
                 "suite": SUITE, "tasks": tuple(tasks), "examples_per_task": size.examples, "validation_per_task": 0,
                 "batch_size": BATCH, "epochs": math.ceil(steps / math.ceil(size.examples * len(tasks) / BATCH)),
                 "max_steps": steps, "learning_rate": rate, "save_every": 100, "threads": 1,
-                **(METHODS | _BOUNDS)[name], **changed,
+                **(METHODS | BOUNDS)[name], **changed,
             }
         )  # fmt: skip
 
@@ -180,7 +141,7 @@ class Claim:
             for count in sorted(self.size.counts, reverse=True):
                 for part, heads in (("shared", "all classes"), ("told", "own")):
                     for name in (LOWER, *self.size.methods):
-                        decides = count in DECIDING and name in (LOWER, *_DECISIVE)
+                        decides = count in DECIDING and name in (LOWER, *DECISIVE)
                         if decides == decisive and not (part == "shared" and name == TOLD):
                             tasks = self.order[:count]
                             yield part, name, self.config(name, rate_of(name), tasks, seed=seed, heads=heads)
@@ -239,58 +200,3 @@ class Claim:
     def _settings(self, part: str, split: str) -> dict[str, Any]:
         """The settings that a cell is scored with."""
         return {"examples": self.size.map_test if part.startswith("maps-") else self.size.test, "split": split}
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run it from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="default: out/claim; of --smoke: out/claim-smoke")
-    parser.add_argument("--backbone", default="vision")
-    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one core")
-    parser.add_argument("--smoke", action="store_true", help="the same code, small: minutes")
-    parser.add_argument("--report", action="store_true", help="train nothing: write the report of what is done")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2")
-    parser.add_argument("--counts", type=int, nargs="+", help="numbers of tasks; default: 5 10 15 20 25")
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), help="default: all")
-    parser.add_argument("--rates", type=float, nargs="+", help="default: 2e-4 7e-4 2e-3; one: no choice of rates")
-    parser.add_argument(
-        "--rate",
-        type=_rate,
-        action="append",
-        default=[],
-        metavar="METHOD=RATE",
-        help="a rate chosen before; repeatable",
-    )
-    parser.add_argument("--maps", type=int, nargs="*", help="numbers of label maps; default: 4 16 64")
-    parser.add_argument("--keep", action="store_true", help=f"at the end, write all finished cells into {KEPT.name}")
-    args = parser.parse_args(argv)
-    if args.keep and args.smoke:
-        parser.error("--keep is for whole cells; --smoke makes small ones")
-    size = SMOKE if args.smoke else Size()
-    chosen = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name in ("seeds", "counts", "methods", "rates", "maps")
-        if (value := getattr(args, name)) is not None
-    }
-    out = args.out or Path("out/claim-smoke" if args.smoke else "out/claim")
-    if not args.smoke:
-        restore(KEPT, out)
-    size = Size(**{**vars(size), **chosen})
-    Claim(out, resolve(args.backbone), size, args.jobs, train=not args.report, chosen=dict(args.rate)).run()
-    if args.keep:
-        keep(out, KEPT)
-
-
-def _rate(text: str) -> tuple[str, float]:
-    """A method and its rate. Raises ArgumentTypeError."""
-    name, _, rate = text.rpartition("=")
-    if name not in METHODS | _BOUNDS:
-        raise argparse.ArgumentTypeError(f"method: found {name!r}; allowed: {', '.join(METHODS | _BOUNDS)}")
-    try:
-        return name, float(rate)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{rate!r} is no rate") from None
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,7 @@ from pathlib import Path
 from mtlora.files import replace_file
 from mtlora.sweep.grid import RESULT
 
-KEPT = Path(__file__).parents[1] / "docs" / "claim-results.jsonl"
+KEPT = Path(__file__).parents[2] / "docs" / "claim-results.jsonl"
 
 
 def restore(kept: Path, out: Path) -> None:

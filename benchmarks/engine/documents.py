@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.adapters import CONFIG, random_tasks, write_random_adapter, write_random_peft
+from benchmarks.harness.adapters import CONFIG, Slot, random_tasks, task_slots, write_random_adapter, write_random_pefts
 from benchmarks.harness.environment import engine_environment, usable_cores
+from benchmarks.harness.percentile import spread
+from benchmarks.harness.versions import newest_version
 from benchmarks.harness.worker import WorkerProcess
 from mtlora.backbone import identify, resolve
 from mtlora.cli.output import print_table
@@ -41,8 +43,6 @@ _ENGINE = {
     "max_num_seqs": BATCH, "max_model_len": 2048, "max_num_batched_tokens": 2048, "enforce_eager": True,
     "enable_prefix_caching": True, "disable_log_stats": True, "seed": 0,
 }  # fmt: skip
-
-Slot = tuple[str, int, str]
 
 
 @dataclass
@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--skip-accuracy", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("out/documents"))
     args = parser.parse_args()
-    adapter = None if args.skip_accuracy else args.adapter or newest(Path("adapters/documents"))
+    adapter = None if args.skip_accuracy else args.adapter or newest_version(Path("adapters/documents"))
     folder = resolve(args.backbone)
     with ExitStack() as stack:
         report = measure(_start(stack, folder, args), args)
@@ -116,14 +116,6 @@ def main() -> int:
         print(f"accuracy: {args.examples} documents, every task asked of each; its spread is that of the documents")
     print(last_line(report))
     return 0
-
-
-def newest(adapters: Path) -> Path:
-    """The folder of an adapter's highest version."""
-    versions = sorted((each for each in adapters.glob("*") if each.name.isdigit()), key=lambda each: int(each.name))
-    if not versions:
-        raise SystemExit(f"{adapters}: no version of an adapter there; allowed: --adapter DIR, or --skip-accuracy")
-    return versions[-1]
 
 
 def last_line(report: dict[str, Any]) -> str:
@@ -149,7 +141,7 @@ def _start(stack: ExitStack, folder: Path, args: argparse.Namespace) -> Bench:
         )
         made = CONFIG.model_copy(update={"activation": activation})
         write_random_adapter(temporary / name, identity, tasks, seed=number, config=made)
-        return [(f"{name}#{task.id}", next(ids), f"{temporary / name}#{task.id}") for task in tasks]
+        return task_slots(temporary / name, number, ids)
 
     def engine(environment: dict[str, str], **settings: Any) -> WorkerProcess:
         arguments = {
@@ -160,14 +152,13 @@ def _start(stack: ExitStack, folder: Path, args: argparse.Namespace) -> Bench:
             **settings,
         }
         return stack.enter_context(
-            WorkerProcess("benchmarks.engine_worker", arguments, engine_environment() | environment)
+            WorkerProcess("benchmarks.engine.worker", arguments, engine_environment() | environment)
         )
 
-    peft, stock = [], None
+    peft: list[Slot] = []
+    stock = None
     if not args.skip_field:
-        for i in range(TASKS):
-            write_random_peft(temporary / f"peft-{i}", config, seed=i)
-        peft = [(f"peft-{i}", i + 1, str(temporary / f"peft-{i}")) for i in range(TASKS)]
+        peft = write_random_pefts(temporary, TASKS, config)
         stock = engine(
             {ENVIRONMENT_SWITCH: "0"}, enable_lora=True, max_loras=TASKS, max_cpu_loras=TASKS, max_lora_rank=16
         )
@@ -225,10 +216,7 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         "shared/apart": ">= 8", "shared/vllm-multi-lora": ">= 25", "first token, cached/not": "<= 0.15",
         "1000 tasks/25 tasks": ">= 0.97", "another tenant's document/unknown": "1.00",
     }  # fmt: skip
-    rows = {
-        name: {"median": statistics.median(each), "min": min(each), "max": max(each), "goal": goals.get(name, "")}
-        for name, each in found.items()
-    }
+    rows = {name: spread(each) | {"goal": goals.get(name, "")} for name, each in found.items()}
     return {"rows": rows, "dtype": engine_dtype("auto", resolve(args.backbone)).replace("auto", "bfloat16")}
 
 

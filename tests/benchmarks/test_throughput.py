@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.harness.adapters import write_random_peft
+from benchmarks.engine.peft_worker import MixedBatches
+from benchmarks.engine.prompts import LOADS, REFERENCE, RandomPrompts
+from benchmarks.engine.throughput import RATIOS, Case, make_report
+from benchmarks.harness.adapters import Slot, write_random_peft
 from benchmarks.harness.worker import WorkerProcess
-from benchmarks.peft_worker import MixedBatches
-from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts
-from benchmarks.throughput import RATIOS, Case, Slot, make_report
 from tests.engine._models import VOCABULARY, make_model
 
 ROWS = {
@@ -60,7 +60,7 @@ def test_report_leaves_out_rows_that_did_not_run() -> None:
 
 
 def test_sample_is_at_most_the_whole_load() -> None:
-    worker = WorkerProcess("benchmarks.engine_worker", {})
+    worker = WorkerProcess("benchmarks.engine.worker", {})
     for load in LOADS.values():
         part = Case("x", worker, [None], sample=64).part_of(load)
         assert part.requests == min(64, load.requests)
@@ -73,7 +73,7 @@ def slots(number: int) -> list[Slot]:
 
 
 def test_every_round_asks_other_slots_where_they_outnumber_requests() -> None:
-    many = Case("x", WorkerProcess("benchmarks.engine_worker", {}), slots(1000))
+    many = Case("x", WorkerProcess("benchmarks.engine.worker", {}), slots(1000))
     rounds = [set(many.slots_of(100, seed)) for seed in range(4)]
     assert [len(each) for each in rounds] == [100] * 4
     assert len(set().union(*rounds)) > 300
@@ -82,14 +82,14 @@ def test_every_round_asks_other_slots_where_they_outnumber_requests() -> None:
 
 @pytest.mark.parametrize(("number", "requests"), [(25, 100), (32, 100), (1, 8), (25, 8)])
 def test_slots_are_asked_equally_often(number: int, requests: int) -> None:
-    asked = Counter(Case("x", WorkerProcess("benchmarks.engine_worker", {}), slots(number)).slots_of(requests, 0))
+    asked = Counter(Case("x", WorkerProcess("benchmarks.engine.worker", {}), slots(number)).slots_of(requests, 0))
     assert asked.total() == requests
     assert set(asked.values()) <= {requests // number, requests // number + 1}
 
 
 def test_weighted_slots_are_drawn() -> None:
     weights = [1 / (1 + i) for i in range(256)]
-    case = Case("x", WorkerProcess("benchmarks.engine_worker", {}), slots(256), weights)
+    case = Case("x", WorkerProcess("benchmarks.engine.worker", {}), slots(256), weights)
     rounds = [Counter(case.slots_of(1000, seed)) for seed in range(2)]
     assert rounds[0] != rounds[1]
     assert all(each.most_common(1)[0][0] == ("slot-0", 0, "") for each in rounds)
@@ -140,6 +140,6 @@ def test_peft_worker_runs_a_load(peft_adapters: tuple[Path, dict[str, str]]) -> 
     backbone, adapters = peft_adapters
     slots = [(name, i, path) for i, (name, path) in enumerate(adapters.items(), start=1)]
     settings = {"model": str(backbone), "dtype": "float32", "batch": 4}
-    with WorkerProcess("benchmarks.peft_worker", settings) as worker:
+    with WorkerProcess("benchmarks.engine.peft_worker", settings) as worker:
         case = Case("peft", worker, slots)
         assert case.seconds(RandomPrompts("test", 6, (4, 12), 3), VOCABULARY, seed=0) > 0

@@ -1,11 +1,8 @@
 """The last line of `make documents`."""
 
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from benchmarks.documents import Bench, last_line, many_over_few, newest
+from benchmarks.engine.documents import Bench, last_line, many_over_few
 
 
 def row(median: float) -> dict[str, Any]:
@@ -43,11 +40,3 @@ def test_many_tasks_are_compared_with_as_many_requests_of_few() -> None:
     assert [len(set(each["slots"])) for each in engine.asked] == [1000, 25, 25, 1000]
     documents = [each["prompts"][0][: each["point"]] for each in engine.asked]
     assert len({tuple(document) for document in documents}) == 4
-
-
-def test_the_newest_version_is_scored(tmp_path: Path) -> None:
-    for name in ("9", "10", "notes"):
-        (tmp_path / name).mkdir()
-    assert newest(tmp_path).name == "10"
-    with pytest.raises(SystemExit, match="allowed: --adapter DIR, or --skip-accuracy"):
-        newest(tmp_path / "notes")

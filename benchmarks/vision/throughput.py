@@ -19,12 +19,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.harness.adapters import random_image_tasks, write_random_adapter
+from benchmarks.harness.adapters import Slot, random_image_tasks, task_slots, write_random_adapter
 from benchmarks.harness.environment import engine_environment, usable_cores
 from benchmarks.harness.processes import halted
 from benchmarks.harness.worker import WorkerProcess
-from benchmarks.vision_report import Ratio, make_report, print_report
-from benchmarks.vision_serving import TASKS, Served, image_server, photographs, print_front, tensors, text_beside_images
+from benchmarks.vision.report import Ratio, make_report, print_report
+from benchmarks.vision.serving import TASKS, Served, image_server, photographs, print_front, tensors, text_beside_images
 from mtlora.backbone import identify, packaged, resolve
 from mtlora.errors import BackboneError
 from server.cli.process import ServerProcess
@@ -118,15 +118,14 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: st
     identity = identify(folder)
     ids = iter(range(1, 1000))
 
-    def adapter(name: str, tasks: int, seed: int) -> list[tuple[str, int, str]]:
+    def adapter(name: str, tasks: int, seed: int) -> list[Slot]:
         """A random adapter's slots."""
-        table = random_image_tasks(tasks, size=size)
-        write_random_adapter(temporary / name, identity, table, seed=seed)
-        return [(f"{name}#{task.id}", next(ids), f"{temporary / name}#{task.id}") for task in table]
+        write_random_adapter(temporary / name, identity, random_image_tasks(tasks, size=size), seed=seed)
+        return task_slots(temporary / name, tasks, ids)
 
     def worker(kind: str, **settings: Any) -> WorkerProcess:
         settings = {"model": str(folder), "kind": kind, "dtype": dtype, **settings}
-        return stack.enter_context(WorkerProcess("benchmarks.vision_worker", settings, engine_environment()))
+        return stack.enter_context(WorkerProcess("benchmarks.vision.worker", settings, engine_environment()))
 
     def engine(**arguments: Any) -> WorkerProcess:
         return worker("engine", arguments={"enforce_eager": True, "disable_log_stats": True, "seed": 0, **arguments})

@@ -4,8 +4,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.claim_cells import LOWER, UPPER, Cells, Result
-from benchmarks.claim_decisions import decide, map_ceiling
+from benchmarks.claim.cells import LOWER, UPPER, Cells, Result
+from benchmarks.claim.decisions import decide, map_ceiling
 from mtlora.plot.figure import COLOURS, MUTED, clean, figure
 from mtlora.sweep.statistics import Estimate
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.claim_cells import Cells, Key
+from benchmarks.claim.cells import Cells, Key
 from mtlora.suite.vision.maps import PREFIX, LabelMapSuite
 from mtlora.sweep.statistics import Estimate
 
@@ -17,7 +17,7 @@ UNDECIDED = "undecided"
 COLLAPSING, PLAIN, BLOCK, ROUTING, WHOLE, TOLD = (
     "LoRA q,v", "LoRA all, equal parameters", "block", "block + routing", "block + both", "block + both + task bias",
 )  # fmt: skip
-FEW, SOME, MANY = DECIDING = 5, 15, 25
+FEW, _, MANY = DECIDING = 5, 15, 25
 MAPS = (4, 16, 64)
 MAP_METHODS = (COLLAPSING, PLAIN, BLOCK, WHOLE, TOLD)
 Decision = dict[str, Any]

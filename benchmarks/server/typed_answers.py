@@ -29,11 +29,12 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 import jsonschema  # type: ignore[import-untyped]
-import psutil
 
 from benchmarks.harness.adapters import CONFIG, random_tensors
 from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
+from benchmarks.harness.processes import cpu_seconds, process_tree
+from benchmarks.harness.versions import newest_version
 from mtlora.answer import AnswerType, Date, Json, Label, Number, Regex, Text
 from mtlora.backbone import identify, resolve
 from mtlora.checkpoint.format import AdapterManifest, TaskEntry
@@ -47,7 +48,6 @@ from mtlora.suite.answers import BBH
 from mtlora.suite.base import Example
 from mtlora.task import is_correct
 from server.cli.process import ServerProcess
-from server.registry.version import version_key
 
 # Requests in flight: in the parts that compare speeds, and in the others, which fill the engine.
 IN_FLIGHT, FULL = 16, 64
@@ -70,14 +70,13 @@ class Question:
 
 def main() -> int:
     """Measure and print; 1 if an answer lies outside its type."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.types")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.server.typed_answers")
     parser.add_argument("--adapter", type=Path, metavar="DIR", help="default: the highest version in adapters/builtin")
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--bbh", type=Path, default=Path("data/bbh"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=10_000, metavar="N", help="typed ones at all temperatures")
     args = parser.parse_args()
-    versions = (each for each in Path("adapters/builtin").iterdir() if each.is_dir())
-    adapter = args.adapter or max(versions, key=lambda each: version_key(each.name))
+    adapter = args.adapter or newest_version(Path("adapters/builtin"))
     with tempfile.TemporaryDirectory() as folder:
         adapters = Path(folder)
         shutil.copytree(adapter, adapters / "builtin" / adapter.name)
@@ -160,7 +159,7 @@ def is_of_type(answer: AnswerType, text: str) -> bool:
 
 
 def _refuse_constant(name: str) -> None:
-    """Raise, because Raise, because JSON has neither NaN nor Infinity."""
+    """Raise, because JSON has neither NaN nor Infinity."""
     raise ValueError(name)
 
 
@@ -199,8 +198,7 @@ async def _timed(questions: Sequence[Question], ask: Callable[[Question], Awaita
 
 def _processor_s(pid: int) -> float:
     """Processor time of a process and those below it."""
-    root = psutil.Process(pid)
-    return sum(sum(each.cpu_times()[:2]) for each in (root, *root.children(recursive=True)))
+    return sum(cpu_seconds(each.pid) for each in process_tree(pid))
 
 
 async def compare_with_free(client: AsyncClient, pid: int, questions: Sequence[Question], pairs: int) -> float:
@@ -330,7 +328,7 @@ async def measure_calibration(client: AsyncClient, manifest: AdapterManifest, bb
     error, by_chance = expected_calibration_error(outcomes), error_by_chance([each for each, _ in outcomes])
     print(
         f"calibration: {len(outcomes)} labels of {len(labels)} tasks, accuracy {accuracy:.3f}, expected calibration "
-        f"error {error:.3f}; perfect probabilities would show {by_chance:.3f} on so many",
+        f"error {error:.3f}; perfect probabilities would show {by_chance:.3f} on this many labels",
         flush=True,
     )
     return error

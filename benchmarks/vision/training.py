@@ -1,6 +1,6 @@
 """Images a second of training ÷ those of the bare backbone's forward pass, in turns of as many images.
 
-    python -m benchmarks.image_training configs/vision.json --set threads=1 --set frozen_layers=0
+    python -m benchmarks.vision.training configs/vision.json --set threads=1 --set frozen_layers=0
 
 A training step decodes and changes its images too; the forward pass gets prepared ones.
 """
@@ -41,7 +41,7 @@ def measure(config: TrainingConfig, backbone: Path, steps: int) -> list[tuple[fl
 
 def main() -> None:
     """Measure and print a line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.image_training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.vision.training", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--backbone", default="vision")
     parser.add_argument("--steps", type=int, default=20)

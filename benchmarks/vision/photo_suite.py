@@ -3,7 +3,7 @@
 Clothing: all ten classes as one task, and groups of classes that are hard to tell apart. Omniglot: an alphabet is a
 task, a character a class; the last five of its twenty drawings are the test.
 
-    python -m benchmarks.photo_suite --clothing DIR --omniglot DIR --tasks 15 --out DIR
+    python -m benchmarks.vision.photo_suite --clothing DIR --omniglot DIR --tasks 15 --out DIR
 """
 
 import argparse

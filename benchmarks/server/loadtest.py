@@ -34,7 +34,7 @@ from loadtest.settings import CommonSettings, PhaseSettings, RampSettings, Setti
 from loadtest.workload import Request
 from server.engine.launch import CPU_BLOCK_TOKENS
 
-PROGRAM = "python -m benchmarks.loadtest"
+PROGRAM = "python -m benchmarks.server.loadtest"
 # The engine's settings, the same for the server and the engine in process.
 _MAX_NUM_SEQS = 64
 _ENGINE: dict[str, Any] = {
@@ -104,9 +104,7 @@ async def _run(session: Session, plan: Plan) -> int:
     if session.over:
         return session.finish()
     if knee is None:
-        raise LoadTestError(
-            "no load holds the service level, not even the lowest that was tried (--slo-ttft, --slo-e2e)"
-        )
+        raise LoadTestError("no load met the service level, not even the lowest that was tried (--slo-ttft, --slo-e2e)")
     at_knee = max(1, round(knee.offered * knee.mean_e2e))
     print(f"knee: {knee.offered:.1f} requests/s, {at_knee} in flight on average; starting the engine", flush=True)
     loops = (
@@ -136,7 +134,7 @@ async def _against_in_process(session: Session, plan: Plan, loops: Sequence[Loop
     # The server's own default.
     engine_arguments = {**_ENGINE, "block_size": CPU_BLOCK_TOKENS, "disable_log_stats": True}
     engine = WorkerProcess(
-        "benchmarks.closed_loop_worker",
+        "benchmarks.server.closed_loop_worker",
         {"backbone": plan.backbone, "adapters": adapters, "engine": engine_arguments},
         # Like the server, do not compile: even in eager mode, vLLM compiles some functions during requests.
         engine_environment(_KV_CACHE_GIB) | {"TORCHDYNAMO_DISABLE": "1"},

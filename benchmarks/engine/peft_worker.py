@@ -1,4 +1,4 @@
-"""A worker: Hugging Face PEFT with mixed-adapter batches. Messages and replies are `benchmarks.engine_worker`'s.
+"""A worker: Hugging Face PEFT with mixed-adapter batches. Messages and replies are `benchmarks.engine.worker`'s.
 
 Settings: {"model": folder, "dtype": name, "batch": sequences}. The prompts of a message run in static batches of up to
 `batch` sequences, padded on the left, through `generate(adapter_names=...)`, each row with the adapter of its slot.

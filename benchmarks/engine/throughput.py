@@ -17,17 +17,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.harness.adapters import link_adapter, random_tasks, write_random_adapter, write_random_peft
+from benchmarks.engine.prompts import LOADS, REFERENCE, RandomPrompts
+from benchmarks.harness.adapters import (
+    Slot,
+    link_adapter,
+    random_tasks,
+    task_slots,
+    write_random_adapter,
+    write_random_pefts,
+)
 from benchmarks.harness.environment import engine_environment, usable_cores
 from benchmarks.harness.percentile import spread
 from benchmarks.harness.worker import WorkerProcess
-from benchmarks.prompts import LOADS, REFERENCE, RandomPrompts
 from mtlora.backbone import identify, resolve
 from mtlora.cli.output import print_table
 from mtlora.vllm_cpu.precision import engine_dtype
 from mtlora.vllm_plugin.seams import ENVIRONMENT_SWITCH
-
-Slot = tuple[str, int, str] | None
 
 BATCH = 64
 _ENGINE = {
@@ -46,7 +51,7 @@ class Case:
 
     name: str
     worker: WorkerProcess
-    slots: Sequence[Slot]
+    slots: Sequence[Slot | None]
     weights: Sequence[float] | None = None
     sample: int | None = None
     rounds: int | None = None
@@ -60,7 +65,7 @@ class Case:
         part = self.part_of(load)
         return self._ask(part, self.slots_of(part.requests, seed), vocabulary, seed)
 
-    def slots_of(self, requests: int, seed: int) -> list[Slot]:
+    def slots_of(self, requests: int, seed: int) -> list[Slot | None]:
         """The slot of each request: all equally often; if slots outnumber requests, others for every seed."""
         rng = random.Random(seed)
         if self.weights:
@@ -79,7 +84,7 @@ class Case:
         if not self.weights:
             self._ask(RandomPrompts("slots", len(self.slots), (4, 8), 1), list(self.slots), vocabulary, seed=0)
 
-    def _ask(self, part: RandomPrompts, slots: list[Slot], vocabulary: int, seed: int) -> float:
+    def _ask(self, part: RandomPrompts, slots: list[Slot | None], vocabulary: int, seed: int) -> float:
         prompts = part.draw(vocabulary, seed)
         reply = self.worker.ask({"prompts": prompts, "new_tokens": part.new_tokens, "slots": slots})
         if reply["tokens"] != part.requests * part.new_tokens:
@@ -150,27 +155,24 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
     identity = identify(folder)
     config = json.loads((folder / "config.json").read_text())
 
-    def adapter(name: str, num_tasks: int, seed: int) -> Path:
-        write_random_adapter(temporary / name, identity, random_tasks(num_tasks), seed=seed)
-        return temporary / name
-
-    one, many = adapter("one", 25, 1), adapter("many", 1000, 2)
-    several = [adapter(f"several-{i}", 1, 100 + i) for i in range(25)]
-    for i in range(256):
-        link_adapter(several[i % 25], temporary / f"zipf-{i}")
     ids = iter(range(1, 100_000))
 
-    def slot(path: Path, task: str) -> Slot:
-        return (f"{path.name}#{task}", next(ids), f"{path}#{task}")
+    def adapter(name: str, num_tasks: int, seed: int) -> list[Slot]:
+        write_random_adapter(temporary / name, identity, random_tasks(num_tasks), seed=seed)
+        return task_slots(temporary / name, num_tasks, ids)
 
-    zipf = [slot(temporary / f"zipf-{i}", "task-0") for i in range(256)]
+    several = [slot for i in range(25) for slot in adapter(f"several-{i}", 1, 100 + i)]
+    zipf: list[Slot] = []
+    for i in range(256):
+        link_adapter(temporary / f"several-{i % 25}", temporary / f"zipf-{i}")
+        zipf += task_slots(temporary / f"zipf-{i}", 1, ids)
 
     def worker(module: str, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> WorkerProcess:
         settings = {"model": str(folder), "dtype": dtype, **settings}
         return stack.enter_context(WorkerProcess(module, settings, {**engine_environment(), **(environment or {})}))
 
     def engine(environment: Mapping[str, str] | None = None, **settings: Any) -> WorkerProcess:
-        return worker("benchmarks.engine_worker", {**_ENGINE, **settings}, environment)
+        return worker("benchmarks.engine.worker", {**_ENGINE, **settings}, environment)
 
     without_plugin = {ENVIRONMENT_SWITCH: "0"}
     bare = engine()
@@ -179,19 +181,17 @@ def _cases(stack: ExitStack, folder: Path, dtype: str, temporary: Path, *, field
     cases = [
         Case("backbone", bare, [None]),
         Case("vllm-backbone", engine(without_plugin), [None], rounds=_FEW_ROUNDS),
-        Case("one-adapter-25-tasks", routed, [slot(one, f"task-{i}") for i in range(25)]),
-        Case("25-adapters", routed, [slot(path, "task-0") for path in several]),
-        Case("1000-tasks", routed, [slot(many, f"task-{i}") for i in range(1000)]),
+        Case("one-adapter-25-tasks", routed, adapter("one", 25, 1)),
+        Case("25-adapters", routed, several),
+        Case("1000-tasks", routed, adapter("many", 1000, 2)),
         Case("32-adapters", narrow, zipf[:32], rounds=_FEW_ROUNDS),
         # Slots drawn by a Zipf law of exponent 1.
         Case("256-adapters-zipf", narrow, zipf, weights=[1 / (1 + i) for i in range(256)], rounds=_FEW_ROUNDS),
     ]
     if field:
-        for i in range(25):
-            write_random_peft(temporary / f"peft-{i}", config, seed=i)
-        slots = [(f"peft-{i}", i + 1, str(temporary / f"peft-{i}")) for i in range(25)]
+        slots = write_random_pefts(temporary, 25, config)
         stock = engine(without_plugin, enable_lora=True, max_loras=25, max_cpu_loras=25, max_lora_rank=16)
-        peft = worker("benchmarks.peft_worker", {"batch": BATCH})
+        peft = worker("benchmarks.engine.peft_worker", {"batch": BATCH})
         # One full batch, PEFT's best case: its loop over adapters runs for as many requests as possible.
         cases += [
             Case("vllm-multi-lora", stock, slots, rounds=_FEW_ROUNDS),

@@ -31,6 +31,7 @@ import aiohttp
 from benchmarks.harness.asking import closed_loop
 from benchmarks.harness.native_server import native_server
 from benchmarks.harness.processes import cpu_seconds, halted
+from benchmarks.harness.versions import newest_version
 from benchmarks.harness.vllm_server import vllm_server
 from mtlora.backbone import resolve
 from mtlora.checkpoint.format import TaskEntry
@@ -41,7 +42,6 @@ from mtlora.suite import load_suite
 from mtlora.suite.base import Example, Suite
 from mtlora.vllm_cpu.precision import engine_dtype
 from server.engine.launch import CPU_BLOCK_TOKENS
-from server.registry.version import version_key
 
 IN_FLIGHT = 16
 OURS, THEIRS = "mtlora-server", "vllm serve"
@@ -87,7 +87,7 @@ class Measured:
 
 def main() -> int:
     """Start both servers, ask them in turn, print a table and the ratios."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.front", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.server.front", description=__doc__)
     parser.add_argument("--backbone", default="default")
     parser.add_argument("--adapter", type=Path, help="default: the newest version of the shipped adapter")
     parser.add_argument("--rounds", type=int, default=6, help="an even number")
@@ -95,8 +95,7 @@ def main() -> int:
     parser.add_argument("--same-engine", action="store_true", help="the same executor and blocks on both sides")
     args = parser.parse_args()
     folder = resolve(args.backbone)
-    adapter = args.adapter or max(Path("adapters/builtin").glob("*/"), key=lambda path: version_key(path.name))
-    adapter = adapter.resolve()
+    adapter = (args.adapter or newest_version(Path("adapters/builtin"))).resolve()
     suite = load_suite("builtin")
     manifest = read_manifest(adapter)
     tasks = {task.id: manifest.task(task.id) for task in suite.tasks}

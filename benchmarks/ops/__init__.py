@@ -1,0 +1,1 @@
+"""The routed path on this CPU."""

@@ -1,0 +1,1 @@
+"""A real server: its start, front end, load and typed answers."""

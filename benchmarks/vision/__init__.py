@@ -1,0 +1,1 @@
+"""Vision backbones: throughput and training, and a suite of photographs."""
