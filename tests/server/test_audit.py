@@ -206,5 +206,5 @@ async def test_refused_callers_are_unauthenticated_in_logs_and_metrics(
 
 def test_no_tenant_may_be_called_unauthenticated(tmp_path: Path) -> None:
     path = write_tenants(tmp_path / "tenants.yaml", tenant("unauthenticated")[1])
-    with pytest.raises(TenantsError, match="tenant id 'unauthenticated' is taken"):
+    with pytest.raises(TenantsError, match="tenant id 'unauthenticated' is reserved"):
         read_tenants(path)

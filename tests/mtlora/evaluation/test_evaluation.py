@@ -234,13 +234,13 @@ def test_labels_are_scored_and_their_temperature_recorded(
     printed = capsys.readouterr().out
     assert "expected calibration error of 6 labels: " in printed
     # With all examples, most are in the training split.
-    assert "not kept" in printed
+    assert "not recorded" in printed
     # A temperature fitted on the test split would flatter the calibration error there.
     assert main([*arguments, "--split", "test", "--record", "--adapter-only"]) == 0
-    assert "not kept" in capsys.readouterr().out
+    assert "not recorded" in capsys.readouterr().out
     assert not read_manifest(tmp_path / "typed").calibration
     assert main([*arguments, "--split", "validation", "--record", "--adapter-only"]) == 0
-    assert "not kept" not in capsys.readouterr().out
+    assert "not recorded" not in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "typed")
     assert list(manifest.calibration) == ["letters"]
     for name in ("calibration_error", "calibration_error_by_chance"):
