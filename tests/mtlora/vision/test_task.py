@@ -39,7 +39,10 @@ def test_a_task_of_text_does_not_speak_of_images() -> None:
     [
         ({}, "a task of images needs labels"),
         ({"answer": {"type": "text"}}, "a task of images needs labels"),
-        (LABELS | {"template": "Q: {input}"}, "template: found 'Q: {input}'; allowed: the default, as a task of images has no text"),
+        (
+            LABELS | {"template": "Q: {input}"},
+            "template: found 'Q: {input}'; allowed: the default, as a task of images has no text",
+        ),
         (LABELS | {"document_template": "{document}", "template": "{input}"}, "document_template"),
         (LABELS | {"stop": ["."]}, "stop"),
         (LABELS | {"max_new_tokens": 3}, "max_new_tokens: found 3"),
