@@ -366,6 +366,13 @@ SEAMS = (
         "vLLM keeps a core for itself, and refuses more ranks than NUMA nodes",
     ),
     Seam(
+        "first model runner for images",
+        Need.OPERATION,
+        "server.engine.launch",
+        (),
+        "vision engines do not start on GPUs: vLLM's second model runner refuses images as prompts of embeddings",
+    ),
+    Seam(
         "eager sampling",
         Need.OPERATION,
         "server.engine.launch",
