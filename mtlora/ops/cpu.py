@@ -102,7 +102,7 @@ def _failure(error: int) -> Exception:
 
 
 def run_kernel(kernel: ctypes.CDLL, instruction_set: int, mix: Mix) -> None:
-    """`add_mixed_paths_` by the compiled kernel. instruction_set: 0 for the best, else 1, 2, 512 or 516."""
+    """`add_mixed_paths_` by the compiled kernel. instruction_set: 0 for the best, else one of `INSTRUCTION_SETS`."""
     y_TD, x_TD, rows_AF, tokens_P, bias_rows_P, tiles_M3 = mix
     T, D = x_TD.shape
     step = _step(instruction_set, x_TD.dtype, D, len(rows_AF), tokens_P, bias_rows_P, tiles_M3)

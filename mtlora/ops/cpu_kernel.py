@@ -31,7 +31,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 # The kernels' instruction set: 0 for the processor's best, or the one that MTLORA_ISA names, for tests and measurements
 # of older sets.
-INSTRUCTION_SETS = {"portable": 1, "avx2": 2, "avx512": 512, "avx512_bf16": 516}
+INSTRUCTION_SETS = {"portable": 1, "avx2": 2, "avx512": 512, "avx512_bf16": 516, "amx_bf16": 520}
 ISA = INSTRUCTION_SETS[os.environ["MTLORA_ISA"]] if os.environ.get("MTLORA_ISA") else 0
 
 _ADDRESS, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32

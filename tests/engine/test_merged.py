@@ -7,7 +7,7 @@ from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.merge.extend import extended_config, merged_tasks, merged_tensors, starting_point
-from mtlora.ops.cpu_kernel import compiled_kernel
+from mtlora.ops.cpu_kernel import INSTRUCTION_SETS, compiled_kernel
 from mtlora.task import TaskSpec
 from tests.engine._engine import running_engine
 from tests.engine._models import VOCABULARY, HuggingFace, all_logprobs, make_adapter, make_model
@@ -23,7 +23,7 @@ def adds_in_order() -> bool:
     Its products of bfloat16 do; in other arithmetic a single token's do not.
     """
     kernel = compiled_kernel()
-    return kernel is not None and bool(kernel.mtlora_supported(516))
+    return kernel is not None and bool(kernel.mtlora_supported(INSTRUCTION_SETS["avx512_bf16"]))
 
 
 def add_task(folder, out, new_experts: int):

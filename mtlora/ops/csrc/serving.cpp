@@ -53,15 +53,25 @@ struct Call {
   const int32_t* bias_rows;
 };
 
-// Floats of scratch that a tile of an adapter needs.
-inline int64_t scratch_size(const Adapter& adapter) {
+// Rows of left operands are padded with zeros to a multiple of this: the depth of AMX's tiles of bfloat16.
+constexpr int LEFT = 32;
+
+// Floats of scratch that `tokens` of an adapter need.
+inline int64_t scratch_size(const Adapter& adapter, int tokens) {
   const int64_t N = adapter.experts, G = adapter.groups, D = adapter.hidden;
   const int64_t S = adapter.rank + G * N, K = N * adapter.rank;
-  return MAX_TILE * (up(S, UNIT) + up(D / G, UNIT) + up(D, UNIT) + up(K, UNIT) + up(G * N, UNIT));
+  return tokens * (up(S, UNIT) + up(D / G, UNIT) + up(D, LEFT) + up(K, LEFT) + up(G * N, UNIT));
+}
+
+// Two tiles of one adapter, side by side, as one.
+inline bool join(const Tile* two, Tile* joined) {
+  *joined = {two[0].row, two[0].start, two[0].count + two[1].count};
+  return two[0].row == two[1].row && two[0].start + two[0].count == two[1].start;
 }
 
 }  // namespace
 
+#define MTLORA_HAS_TILES
 #define MTLORA_SOURCE "serving.cpp"
 #include "instruction_sets.h"
 
@@ -72,6 +82,15 @@ using TileFunction = void (*)(const Call&, const Tile&, float*);
 // dtype: 0 float32, 1 bfloat16. Null if the processor has none of the instruction sets.
 TileFunction choose_tile(int dtype, int isa) {
   return dtype ? MTLORA_CHOOSE(TileFunction, isa, tile<uint16_t>) : MTLORA_CHOOSE(TileFunction, isa, tile<float>);
+}
+
+// Whether the chosen function takes two tiles at once, and then reads their adapter's weights once.
+bool takes_two(TileFunction run) {
+#ifdef MTLORA_HAS_TILES
+  return run == amx_bf16::tile<uint16_t>;
+#else
+  return false;
+#endif
 }
 
 }  // namespace
@@ -110,14 +129,16 @@ int mtlora_add_routed(const Step* step, const void* table, void* y, const void* 
       if (call.tokens[t] < 0 || call.tokens[t] >= num_tokens) return 3;
       if (adapter.bias && call.bias_rows[t] >= adapter.bias_rows) return 5;
     }
-    const int64_t size = scratch_size(adapter);
+    const int64_t size = scratch_size(adapter, 2 * MAX_TILE);
     share = size > share ? size : share;
   }
   if (share == 0) return 0;
   const int threads = step->threads > num_tiles ? static_cast<int>(num_tiles) : step->threads;
+  const TileFunction run = choose_tile(step->dtype, step->isa);
+  // Two at once only where each thread still has several.
+  const int64_t at_once = takes_two(run) && num_tiles >= 4 * threads ? 2 : 1;
   float* scratch = static_cast<float*>(aligned_alloc(64, share * threads * sizeof(float)));
   if (scratch == nullptr) return 1;
-  const TileFunction run = choose_tile(step->dtype, step->isa);
   int next = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -125,7 +146,15 @@ int mtlora_add_routed(const Step* step, const void* table, void* y, const void* 
 #pragma omp atomic capture
     mine = next++;
 #pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t i = 0; i < num_tiles; ++i) run(call, all[i], scratch + mine * share);
+    for (int64_t first = 0; first < num_tiles; first += at_once) {
+      const int64_t end = first + at_once < num_tiles ? first + at_once : num_tiles;
+      Tile joined;
+      if (end - first == 2 && join(all + first, &joined)) {
+        run(call, joined, scratch + mine * share);
+      } else {
+        for (int64_t i = first; i < end; ++i) run(call, all[i], scratch + mine * share);
+      }
+    }
   }
   free(scratch);
   return 0;
@@ -139,6 +168,13 @@ namespace {
 namespace MTLORA_ISA {
 
 #include "vectors.h"
+
+// Tokens that `tile` takes at most.
+#ifdef MTLORA_TILES
+constexpr int MOST = 2 * MAX_TILE;
+#else
+constexpr int MOST = MAX_TILE;
+#endif
 
 // The left operand's type for weights of a type: bfloat16 only with bfloat16 products.
 template <class W> struct Left { typedef float type; };
@@ -226,9 +262,93 @@ static __attribute__((noinline)) void product(const A* a, int64_t a_stride, cons
   for (; v < end; ++v) panel<T, 1>(a, a_stride, w, v, depth, out, out_stride);
 }
 
+#ifdef MTLORA_TILES
+// AMX's tiles for T tokens while it lives, for weights in bfloat16: 0 to 3 for sums, 4 for tokens, 5 to 7 for weights.
+template <class W> struct Tiles {
+  explicit Tiles(int) {}
+  ~Tiles() {}
+};
+template <> struct Tiles<uint16_t> {
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  };
+  explicit Tiles(int T) {
+    Config config;
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = 64;
+      config.rows[i] = static_cast<uint8_t>(i < 5 ? T : LEFT / 2);
+    }
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// out [T, 16 U] = a [T, depth] w for U units of columns, whose layout is that of tiles. Strides are in bytes.
+template <int U>
+INLINE void tiles(const uint16_t* a, int64_t a_stride, const uint16_t* w, int64_t depth, float* out,
+                  int64_t out_stride) {
+  alignas(64) uint16_t last[U][LEFT * UNIT];
+  int64_t unit = up(depth, 2) * UNIT;
+  _tile_zero(0);
+  if (U > 1) _tile_zero(1);
+  if (U > 2) _tile_zero(2);
+  if (U > 3) _tile_zero(3);
+  for (int64_t left = unit; left > 0; left -= LEFT * UNIT, a += LEFT, w += LEFT * UNIT) {
+    if (left < LEFT * UNIT) {
+      // What lies behind a unit is another's, or no memory: with zeros, each sum has the same order for any depth.
+      for (int u = 0; u < U; ++u) {
+        memcpy(last[u], w + u * unit, left * sizeof *w);
+        memset(last[u] + left, 0, sizeof last[u] - left * sizeof *w);
+      }
+      w = last[0];
+      unit = LEFT * UNIT;
+      asm volatile("" ::: "memory");
+    }
+    _tile_loadd(4, a, a_stride);
+    _tile_loadd(5, w, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if (U > 1) {
+      _tile_loadd(6, w + unit, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if (U > 2) {
+      _tile_loadd(7, w + 2 * unit, 64);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if (U > 3) {
+      _tile_loadd(5, w + 3 * unit, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, out, out_stride);
+  if (U > 1) _tile_stored(1, out + UNIT, out_stride);
+  if (U > 2) _tile_stored(2, out + 2 * UNIT, out_stride);
+  if (U > 3) _tile_stored(3, out + 3 * UNIT, out_stride);
+}
+
+static __attribute__((noinline)) void product_of_tiles(const uint16_t* a, int64_t a_stride, const uint16_t* w,
+                                                       int64_t units, int64_t depth, float* out, int64_t out_stride) {
+  // The intrinsics do not tell the compiler that they read memory.
+  asm volatile("" ::: "memory");
+  a_stride *= sizeof *a;
+  out_stride *= sizeof *out;
+  const int64_t four = 4 * up(depth, 2) * UNIT;
+  for (; units >= 4; units -= 4, w += four, out += 4 * UNIT) tiles<4>(a, a_stride, w, depth, out, out_stride);
+  if (units == 3) tiles<3>(a, a_stride, w, depth, out, out_stride);
+  if (units == 2) tiles<2>(a, a_stride, w, depth, out, out_stride);
+  if (units == 1) tiles<1>(a, a_stride, w, depth, out, out_stride);
+  asm volatile("" ::: "memory");
+}
+#endif
+
 template <class W, class A>
 INLINE void product(int count, const A* a, int64_t a_stride, const W* w, int64_t units, int64_t depth, float* out,
                     int64_t out_stride) {
+#ifdef MTLORA_TILES
+  if constexpr (sizeof(W) == 2) return product_of_tiles(a, a_stride, w, units, depth, out, out_stride);
+#endif
   switch (count) {
     case 1: return product<1>(a, a_stride, w, units, depth, out, out_stride);
     case 2: return product<2>(a, a_stride, w, units, depth, out, out_stride);
@@ -241,50 +361,58 @@ INLINE void product(int count, const A* a, int64_t a_stride, const W* w, int64_t
   }
 }
 
+// The path of up to MAX_TILE tokens of one adapter; of up to MOST with AMX.
 template <class W>
 static void tile(const Call& call, const Tile& tile, float* scratch) {
   const Adapter& adapter = call.table[tile.row];
   const int64_t r = adapter.rank, N = adapter.experts, G = adapter.groups, D = call.hidden;
   if (r == 0 || tile.count == 0) return;
   const int64_t S = r + G * N, K = N * r, E = D / G, C = G * N;
-  const int64_t s_stride = up(S, UNIT), e_stride = up(E, UNIT), x_stride = up(D, UNIT), z_stride = up(K, UNIT);
+  const int64_t s_stride = up(S, UNIT), e_stride = up(E, UNIT), x_stride = up(D, LEFT), z_stride = up(K, LEFT);
   const int64_t depth_K = sizeof(W) == 2 ? up(K, 2) : K;
   const int T = tile.count;
   const int32_t* tokens = call.tokens + tile.start;
   typedef typename Left<W>::type A;
-  Tokens* weights = reinterpret_cast<Tokens*>(scratch);
-  float* s = scratch + MAX_TILE * up(C, UNIT);
-  float* delta = s + MAX_TILE * s_stride;
-  A* x = reinterpret_cast<A*>(delta + MAX_TILE * e_stride);
-  A* z = reinterpret_cast<A*>(delta + MAX_TILE * (e_stride + x_stride));
+  // Of MAX_TILE tokens, then of the others.
+  float* weights[] = {scratch, scratch + MAX_TILE * up(C, UNIT)};
+  float* s = scratch + MOST * up(C, UNIT);
+  float* delta = s + MOST * s_stride;
+  A* x = reinterpret_cast<A*>(delta + MOST * e_stride);
+  A* z = reinterpret_cast<A*>(delta + MOST * (e_stride + x_stride));
+#ifdef MTLORA_TILES
+  const Tiles<W> configured(T);
+#endif
 
   for (int t = 0; t < T; ++t) {
     copy(static_cast<const W*>(call.x) + tokens[t] * call.x_stride, x + t * x_stride, D);
-    if (D % 2) x[t * x_stride + D] = 0;
-    if (K % 2) z[t * z_stride + K] = 0;
+    for (int64_t i = D; i < x_stride; ++i) x[t * x_stride + i] = 0;
+    for (int64_t i = K; i < z_stride; ++i) z[t * z_stride + i] = 0;
   }
   product(T, x, x_stride, reinterpret_cast<const W*>(adapter.shrink), s_stride / UNIT, D, s, s_stride);
-  float* logits = scratch;
-  for (int t = 0; t < MAX_TILE; ++t) {
+  for (int t = 0; t < (T > MAX_TILE ? 2 : 1) * MAX_TILE; ++t) {
+    float* logits = weights[t / MAX_TILE] + t % MAX_TILE;
     if (t >= T) {  // lanes without a token
-      for (int64_t c = 0; c < C; ++c) logits[c * MAX_TILE + t] = 0;
+      for (int64_t c = 0; c < C; ++c) logits[c * MAX_TILE] = 0;
       continue;
     }
     const float* from = s + t * s_stride + r;
     const int32_t row = adapter.bias ? call.bias_rows[tile.start + t] : -1;
     if (row >= 0) {
       const float* bias = reinterpret_cast<const float*>(adapter.bias) + row * C;
-      for (int64_t c = 0; c < C; ++c) logits[c * MAX_TILE + t] = from[c] + bias[c];
+      for (int64_t c = 0; c < C; ++c) logits[c * MAX_TILE] = from[c] + bias[c];
     } else {
-      for (int64_t c = 0; c < C; ++c) logits[c * MAX_TILE + t] = from[c];
+      for (int64_t c = 0; c < C; ++c) logits[c * MAX_TILE] = from[c];
     }
   }
-  route(weights, G, N);
+  route(reinterpret_cast<Tokens*>(weights[0]), G, N);
+  if (T > MAX_TILE) route(reinterpret_cast<Tokens*>(weights[1]), G, N);
   const W* expand = reinterpret_cast<const W*>(adapter.expand);
   for (int64_t j = 0; j < G; ++j, expand += e_stride * depth_K) {
-    for (int t = 0; t < T; ++t)
+    for (int t = 0; t < T; ++t) {
+      const float* of_token = weights[t / MAX_TILE] + t % MAX_TILE;
       for (int64_t i = 0; i < N; ++i)
-        scale_into(s + t * s_stride, scratch[(j * N + i) * MAX_TILE + t], z + t * z_stride + i * r, r);
+        scale_into(s + t * s_stride, of_token[(j * N + i) * MAX_TILE], z + t * z_stride + i * r, r);
+    }
     product(T, z, z_stride, expand, e_stride / UNIT, K, delta, e_stride);
     for (int t = 0; t < T; ++t)
       add_into(static_cast<W*>(call.y) + tokens[t] * call.y_stride + j * E, delta + t * e_stride, E);
