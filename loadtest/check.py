@@ -40,11 +40,18 @@ class Checked:
     # For each tie, the nats by which the token alone was likelier than the token in the batch.
     tie_nats: list[float] = field(default_factory=list)
 
-    def add_wrong(self, answer: Answer, count: int, came: str, alone: str | None) -> None:
-        """Count a wrong answer; keep the first few. alone: the answer to the same input alone."""
+    def add_wrong(
+        self, answer: Answer, count: int, came: str, alone: str | None = None, nats: float | None = None
+    ) -> None:
+        """Count a wrong answer; keep the first few.
+
+        alone: the answer to the same input alone. nats: by how much its token was likelier where they differ; None if
+        the other token is not among the likely ones.
+        """
         self.wrong += count
         if len(self.examples) < _MOST_SHOWN:
-            self.examples.append({"task": answer.task_id, "answer": came, "alone": alone, "target": answer.target})
+            found = {"task": answer.task_id, "answer": came, "alone": alone, "target": answer.target, "nats": nats}
+            self.examples.append(found)
 
     def to_json(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -79,11 +86,13 @@ async def ask_again(
             came, alone = whole(answer.reasoning, answer.text, task), whole(reply.reasoning, reply.text, task)
             if " ".join(came.split()) == " ".join(alone.split()):
                 checked.same_alone += count
-            elif (gap := tie(came, reply.logprobs, task.stop, tie_nats)) is not None:
+                continue
+            gap = nats_apart(came, reply.logprobs, task.stop)
+            if gap is not None and gap <= tie_nats:
                 checked.ties += count
                 checked.tie_nats += [round(gap, 4)] * count
             else:
-                checked.add_wrong(answer, count, came, alone)
+                checked.add_wrong(answer, count, came, alone, gap and round(gap, 4))
     return checked
 
 
@@ -94,7 +103,7 @@ def against_targets(answers: Mapping[Answer, int]) -> Checked:
         if answer.target is None:
             checked.unchecked += count
         else:
-            checked.add_wrong(answer, count, answer.text, None)
+            checked.add_wrong(answer, count, answer.text)
     return checked
 
 
@@ -105,18 +114,18 @@ def whole(reasoning: str, text: str, task: pb.Task) -> str:
     return f"{reasoning.strip()} {task.answer_marker} {text.strip()}"
 
 
-def tie(text: str, alone: Iterable[pb.TokenLogprobs], stop: Sequence[str], tolerance: float) -> float | None:
-    """Nats between the tokens at which `text` may have departed from the answer alone; None if it is no tie.
+def nats_apart(text: str, alone: Iterable[pb.TokenLogprobs], stop: Sequence[str]) -> float | None:
+    """Nats between the two tokens at which `text` departed from the answer alone; None if its token is not in `top`.
 
-    Walks the tokens of the answer alone while `text` begins with them. At each, `text` may have continued with another
-    token that is almost as likely.
+    Walks the tokens of the answer alone while `text` begins with them. `text` may have departed at any of them: the
+    smallest difference counts.
     """
     found: float | None = None
     rest = text.strip()
     for position, token in enumerate(alone):
         for other in token.top:
             gap = token.chosen.logprob - other.logprob
-            if other.token_id != token.chosen.token_id and gap <= tolerance and _goes_on(rest, other.token, stop):
+            if other.token_id != token.chosen.token_id and _goes_on(rest, other.token, stop):
                 found = gap if found is None else min(found, gap)
         chosen = token.chosen.token if position else token.chosen.token.lstrip()
         if not rest.startswith(chosen) or (not rest and chosen):

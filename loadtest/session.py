@@ -140,7 +140,8 @@ class Session:
             total = self._answers.total()
             print(f"not checked: {self._unchecked} of {total} answers that were to be asked again alone")
         for example in checked.examples[:5]:
-            print(f"wrong: {example['task']}: {example['answer']!r}, alone {example['alone']!r}")
+            apart = "" if example["nats"] is None else f", {example['nats']} nats apart where they differ"
+            print(f"wrong: {example['task']}: {example['answer']!r}, alone {example['alone']!r}{apart}")
 
     @property
     def _unchecked(self) -> int:

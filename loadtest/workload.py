@@ -91,7 +91,8 @@ class Workload:
         if max_new_tokens:
             parameters["max_new_tokens"] = max_new_tokens
         elif (length := self._settings.new_tokens) is not None:
-            parameters = {"max_new_tokens": self._rng.randint(length.low, length.high), "stop": []}
+            # A type would end its answers itself.
+            parameters = {"max_new_tokens": self._rng.randint(length.low, length.high), "stop": [], "free": True}
         # Ask for reasoning too: it makes the first token visible at once, and answers comparable token by token.
         return bytes(make_request(task_id, given, include_reasoning=True, **parameters).SerializeToString())
 

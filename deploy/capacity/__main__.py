@@ -17,6 +17,7 @@ from deploy.capacity.report import report
 from deploy.capacity.result import document, read_levels
 from deploy.capacity.routing import ROUTERS
 from deploy.capacity.service import ServiceModel, fit, read_model
+from mtlora.client import ServerError
 from mtlora.errors import describe
 
 _THROUGHPUT_GOAL, _P95_GOAL = 0.10, 0.20
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return int(options.run(options))
-    except (ValidationError, CapacityError) as error:
+    except (ValidationError, CapacityError, ServerError) as error:
         message = describe(error) if isinstance(error, ValidationError) else error
         print(f"capacity: {message}", file=sys.stderr)
         return 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from loadtest import result, server_metrics
-from loadtest.check import tie, whole
+from loadtest.check import nats_apart, whole
 from loadtest.histogram import Latency
 from loadtest.knee import KneeSearch, Step
 from loadtest.recorder import OTHER, Answer
@@ -277,19 +277,15 @@ ALONE = tokens(
         ("one red herring", 0.2),  # what follows is free to differ
         ("one", 0.1),  # an end as close as going on
         ("one blue x y", 0.2),  # going on as close as an end
-        ("two blue", None),  # far less likely
+        ("two blue", 2.4),  # far less likely
         ("one green", None),  # not among the likely ones
         ("three", None),
         ("", None),
     ],
 )
-def test_finds_ties(text: str, gap: float | None) -> None:
-    found = tie(text, ALONE, ["\n"], 0.5)
+def test_finds_the_token_where_answers_differ(text: str, gap: float | None) -> None:
+    found = nats_apart(text, ALONE, ["\n"])
     assert found == (None if gap is None else pytest.approx(gap, abs=1e-5))
-
-
-def test_finds_no_tie_without_tolerance() -> None:
-    assert tie("one red", ALONE, ["\n"], 0.0) is None
 
 
 def test_compares_reasoning_too() -> None:
@@ -297,6 +293,6 @@ def test_compares_reasoning_too() -> None:
     alone = tokens([(" 3", -0.6), (" 4", -0.7)], [(" =>", 0.0)], [(" 3", -0.1), (" 4", -4.0)], [("\n", 0.0)])
     assert whole(" 3 ", " 3", task) == "3 => 3"
     assert whole("", " 3 ", task) == "3"
-    # The reasoning departs at a tie; the answer follows from it, although it is far from a tie itself.
-    assert tie(whole(" 4 ", " 4", task), alone, task.stop, 0.5) == pytest.approx(0.1, abs=1e-5)
-    assert tie(whole(" 3 ", " 4", task), alone, task.stop, 0.5) is None
+    # The reasoning departs between close tokens; the answer follows from it, although its own tokens are far apart.
+    assert nats_apart(whole(" 4 ", " 4", task), alone, task.stop) == pytest.approx(0.1, abs=1e-5)
+    assert nats_apart(whole(" 3 ", " 4", task), alone, task.stop) == pytest.approx(3.9, abs=1e-5)

@@ -61,7 +61,7 @@ def test_report_is_self_contained_and_shows_the_result() -> None:
         ],
     }  # fmt: skip
     made["check"] = {"how": "alone", "exact": 9, "same_alone": 4, "ties": 1, "wrong": 1, "unchecked": 0,
-                     "examples": [{"task": "sort", "answer": "<b>", "alone": "c", "target": "d"}]}  # fmt: skip
+                     "examples": [{"task": "sort", "answer": "<b>", "alone": "c", "target": "d", "nats": 1.25}]}  # fmt: skip
     made["wrong"] = 1
     text = report.render(made)
     page = read_page(text)
@@ -72,6 +72,7 @@ def test_report_is_self_contained_and_shows_the_result() -> None:
     assert f"{made['knee']['offered_per_second']:.1f}/s" in page.text
     assert "0.97" in page.text
     assert "0.911" in page.text
+    assert "1.25" in page.text
     assert "<b>" in page.text
     for name in ("sort", "count", "(other)", "acme", "bolt"):
         assert name in page.text
