@@ -61,7 +61,8 @@ def test_report_is_self_contained_and_shows_the_result() -> None:
         ],
     }  # fmt: skip
     made["check"] = {"how": "alone", "exact": 9, "same_alone": 4, "ties": 1, "wrong": 1, "unchecked": 0,
-                     "examples": [{"task": "sort", "answer": "<b>", "alone": "c", "target": "d", "nats": 1.25}]}  # fmt: skip
+                     "examples": [{"task": "sort", "answer": "<b>", "alone": "c", "target": "d",
+                                   "nats": 1.25}]}  # fmt: skip
     made["wrong"] = 1
     text = report.render(made)
     page = read_page(text)
