@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtlora.cli.backbone import add_backbone_argument, backbone_for
+from mtlora.cli.backbone import add_backbone_argument, add_vision_argument, backbone_for, vision_for
 from mtlora.cli.settings import add_set_argument, read_settings
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def add_parser(subparsers: Any) -> None:
         help="runs at a time (default: %(default)s); on CPUs, N runs of one thread (--set threads=1) are faster",
     )  # fmt: skip
     add_backbone_argument(parser, None)
+    add_vision_argument(parser)
     add_set_argument(parser)
     parser.set_defaults(run=_sweep)
 
@@ -59,15 +60,15 @@ def _sweep(args: argparse.Namespace) -> int:
         raise SweepError(f"--test-examples: found {args.test_examples}; allowed: 1 or more")
     if args.jobs < 1:
         raise SweepError(f"--jobs: found {args.jobs}; allowed: 1 or more")
-    configs, folder = _configurations(args)
+    configs, folder, vision = _configurations(args)
     runs = grid(configs, args.out, seeds=list(dict.fromkeys(args.seeds)), task_counts=args.task_counts)
     settings = {"examples": args.test_examples}
     # Read all results first, so that an error about an old result comes before any training.
-    done = {run.folder: read_result(run, folder, settings) for run in runs}
+    done = {run.folder: read_result(run, folder, settings, vision) for run in runs}
     todo = [run for run in runs if not done[run.folder]]
     failed = []
     with tqdm(total=len(runs), initial=len(runs) - len(todo), desc="sweep", unit="run") as bar:
-        for run, result in do_all(todo, folder, settings, args.jobs):
+        for run, result in do_all(todo, folder, settings, args.jobs, vision):
             bar.update()
             if "error" in result:
                 failed.append(f"{run.folder}: {result['error']}")
@@ -85,8 +86,11 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0
 
 
-def _configurations(args: argparse.Namespace) -> "tuple[dict[str, TrainingConfig], Path]":
-    """Each file's configuration, with the defaults of its suite's kind, and the backbone of the first one's suite."""
+def _configurations(args: argparse.Namespace) -> "tuple[dict[str, TrainingConfig], Path, Path | None]":
+    """Each file's configuration, with the defaults of its suite's kind, and two backbones.
+
+    They are that of the first file's suite, and, if text tasks take an image, the vision backbone.
+    """
     from mtlora.backbone import resolve
     from mtlora.suite import load_suite
     from mtlora.train.config import TrainingConfig
@@ -106,4 +110,4 @@ def _configurations(args: argparse.Namespace) -> "tuple[dict[str, TrainingConfig
         backbone = backbone or resolve(backbone_for(args.backbone, suite))
         configs[file.stem] = training_config(read_settings(file, flags + args.set), suite, backbone)
     assert backbone is not None
-    return configs, backbone
+    return configs, backbone, vision_for(args.vision_backbone, (task for suite in suites.values() for task in suite.tasks))

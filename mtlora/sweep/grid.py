@@ -80,10 +80,12 @@ def _drawn(task_id: str) -> bytes:
     return hashlib.sha256(task_id.encode()).digest()
 
 
-def read_result(run: Run, backbone: Path, settings: dict[str, Any], *, diverged: bool = False) -> dict[str, Any] | None:
+def read_result(
+    run: Run, backbone: Path, settings: dict[str, Any], vision: Path | None = None, *, diverged: bool = False
+) -> dict[str, Any] | None:
     """A finished run's result; None for a run that is not finished or failed.
 
-    diverged: also return the error of a diverged run, because it would diverge again.
+    vision: of text tasks that take an image, their vision backbone. diverged: also return the error of a diverged run, because it would diverge again.
 
     Raises SweepError if the result is of another configuration or backbone, or was scored with other settings.
     """
@@ -95,7 +97,7 @@ def read_result(run: Run, backbone: Path, settings: dict[str, Any], *, diverged:
         raise SweepError(f"{run.result_file}: {error}") from None
     if "error" in result and not (diverged and result.get("diverged")):
         return None
-    if other := [name for name, value in _about(run, backbone, settings).items() if result.get(name) != value]:
+    if other := [name for name, value in _about(run, backbone, settings, vision).items() if result.get(name) != value]:
         raise SweepError(
             f"{run.result_file}: of another configuration ({', '.join(other)}); choose another --out, or remove "
             f"{run.folder}"
@@ -103,9 +105,10 @@ def read_result(run: Run, backbone: Path, settings: dict[str, Any], *, diverged:
     return result
 
 
-def _about(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _about(run: Run, backbone: Path, settings: dict[str, Any], vision: Path | None) -> dict[str, Any]:
     """The values that a stored result must agree in."""
-    return {
+    eyes = {} if vision is None else {"vision_backbone": identify(vision).weights_fingerprint}
+    return eyes | {
         "name": run.name,
         "seed": run.config.seed,
         "num_tasks": run.num_tasks,
@@ -116,31 +119,31 @@ def _about(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]
 
 
 def do_all(
-    runs: Sequence[Run], backbone: Path, settings: dict[str, Any], jobs: int
+    runs: Sequence[Run], backbone: Path, settings: dict[str, Any], jobs: int, vision: Path | None = None
 ) -> Iterator[tuple[Run, dict[str, Any]]]:
     """Yield each run with the result of `do` once it has ended; `jobs` of them run at a time."""
     # A thread only waits: every run is a process.
     pool = ThreadPoolExecutor(jobs)
     try:
-        going = {pool.submit(do, run, backbone, settings): run for run in runs}
+        going = {pool.submit(do, run, backbone, settings, vision): run for run in runs}
         for ended in as_completed(going):
             yield going[ended], ended.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def do(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def do(run: Run, backbone: Path, settings: dict[str, Any], vision: Path | None = None) -> dict[str, Any]:
     """Train, or resume training, and score on the test split, in a separate process; returns the result or the error.
 
     settings: `examples`, the scored examples of each task at most (of each part of a mix), and `split`, the test split
-    unless given.
+    unless given. vision: of text tasks that take an image, their vision backbone.
     """
     # One process per run, because peak memory is measured per process. It is forked from a process that has done the
     # slow imports.
     context = get_context("forkserver")
     context.set_forkserver_preload(["mtlora.train.trainer"])
     with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_end_with_parent) as pool:
-        result = pool.submit(_train_and_score, run, backbone, settings).result()
+        result = pool.submit(_train_and_score, run, backbone, settings, vision).result()
     run.folder.mkdir(parents=True, exist_ok=True)
     replace_file(run.result_file, (json.dumps(result, indent=1) + "\n").encode())
     return result
@@ -158,12 +161,12 @@ def _end_with_parent() -> None:
     Thread(target=watch, daemon=True).start()
 
 
-def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _train_and_score(run: Run, backbone: Path, settings: dict[str, Any], vision: Path | None) -> dict[str, Any]:
     from mtlora.train.trainer import Trainer
 
-    about = _about(run, backbone, settings)
+    about = _about(run, backbone, settings, vision)
     try:
-        trainer = Trainer(run.config, backbone, run.folder, resume=True)
+        trainer = Trainer(run.config, backbone, run.folder, vision=vision, resume=True)
         trainer.fit()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         trainer.work.trained.eval()
