@@ -69,7 +69,8 @@ def compare(folder: Path, before: Checkpoint, after: Checkpoint, texts: Sequence
     return _compared(len(before.manifest.tasks), len(prompts), pairs())
 
 
-@torch.inference_mode()
+# Not inference mode: the encoder keeps its interpolated positions by their version, which tensors made there lack.
+@torch.no_grad()
 def compare_images(folder: Path, before: Checkpoint, after: Checkpoint, examples: Sequence[Example]) -> Comparison:
     """Like `compare`, for the class logits of every old task on these images."""
     old = load_adapted_encoder(folder, before, torch.float32)

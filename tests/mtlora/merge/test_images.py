@@ -38,7 +38,8 @@ def suite(tmp_path: Path) -> Path:
 def test_merge_command_adds_a_task_of_images(
     mode: str, suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    backbone = write_model(tmp_path / "model")
+    # Its positions are interpolated to the images' size.
+    backbone = write_model(tmp_path / "model", image_size=SIZE // 2)
     config = MtLoRAConfig(r=4, num_experts=3, num_groups=2)
     tensors = random_tensors(identify(backbone), config, image_table(2), scale=0.2)
     write_checkpoint(
