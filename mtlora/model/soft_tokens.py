@@ -58,7 +58,8 @@ class Projector(nn.Module):
         and standard deviation.
         """
         self.mean_K.copy_(states_PK.mean(0))
-        self.std_K.copy_(states_PK.std(0).clamp_min(_LEAST))
+        # The deviation of one soft token is 0.
+        self.std_K.copy_(states_PK.std(0, correction=min(1, len(states_PK) - 1)).clamp_min(_LEAST))
         standard_PK = (states_PK - self.mean_K) / self.std_K
         P, K = standard_PK.shape
         gram_KK = standard_PK.T @ standard_PK + _RIDGE * P * torch.eye(K, device=standard_PK.device)

@@ -79,6 +79,13 @@ def test_a_projector_starts_like_embeddings_and_folds_and_unfolds() -> None:
     torch.testing.assert_close(projector(states_PK), soft_PD, atol=1e-4, rtol=0)
 
 
+def test_a_projector_of_a_single_soft_token_starts_at_the_mean_embedding() -> None:
+    embeddings_VD = torch.randn(50, D)
+    projector = Projector(64, D)
+    projector.fit(torch.randn(1, 64), torch.randn(1, D), embeddings_VD)
+    torch.testing.assert_close(projector(torch.randn(3, 64)), embeddings_VD.mean(0).expand(3, D))
+
+
 def test_an_image_is_looked_at_once_and_stands_at_its_place(reader: ImageReader, monkeypatch: Any) -> None:
     examples = load_suite("builtin-pictures").examples("picture_any", "train", 3)
     asked = [Example("ask", "", "", image=each.image) for each in (*examples, examples[0])]
