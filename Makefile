@@ -57,7 +57,7 @@ endif
 demo: $(STAMP) ## 25 tasks answered by one backbone through one server, with accuracy
 	$(BIN)/mtlora-server demo --backbone $(BACKBONE) --adapters $(ADAPTERS)
 
-demo-vision: $(STAMP) ## 25 tasks of images answered by one vision backbone, beside linear heads alone
+demo-vision: $(STAMP) ## 34 tasks of images answered by one vision backbone, beside linear heads alone
 	$(BIN)/mtlora-server demo-vision --backbone $(VISION_BACKBONE) --adapters $(ADAPTERS)
 
 accuracy: $(STAMP) ## the shipped adapter on the built-in test split, SEED=N for the same examples again
