@@ -110,4 +110,5 @@ def _configurations(args: argparse.Namespace) -> "tuple[dict[str, TrainingConfig
         backbone = backbone or resolve(backbone_for(args.backbone, suite))
         configs[file.stem] = training_config(read_settings(file, flags + args.set), suite, backbone)
     assert backbone is not None
-    return configs, backbone, vision_for(args.vision_backbone, (task for suite in suites.values() for task in suite.tasks))
+    tasks = [task for suite in suites.values() for task in suite.tasks]
+    return configs, backbone, vision_for(args.vision_backbone, tasks)

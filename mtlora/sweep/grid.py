@@ -85,7 +85,8 @@ def read_result(
 ) -> dict[str, Any] | None:
     """A finished run's result; None for a run that is not finished or failed.
 
-    vision: of text tasks that take an image, their vision backbone. diverged: also return the error of a diverged run, because it would diverge again.
+    vision: of text tasks that take an image, their vision backbone. diverged: also return the error of a diverged run,
+    because it would diverge again.
 
     Raises SweepError if the result is of another configuration or backbone, or was scored with other settings.
     """

@@ -131,16 +131,17 @@ def test_a_sweep_over_images_starts_from_their_defaults(tmp_path: Path) -> None:
     assert taken["own"]["head_learning_rate_scale"] == IMAGES["head_learning_rate_scale"]
 
 
-def test_a_sweep_over_texts_with_images_needs_their_vision_backbone(tiny_backbone: Path, tmp_path: Path, capsys) -> None:
+def test_a_sweep_over_texts_with_images_has_a_vision_backbone(tiny_backbone: Path, tmp_path: Path, capsys) -> None:
     vision = [write_model(tmp_path / name) for name in ("eyes", "others")]
-    command = ["sweep", str(CONFIGS / "methods" / "full.json"), "--out", str(tmp_path / "sweep"), "--test-examples", "1"]
-    command += ["--backbone", str(tiny_backbone), "--examples-per-task", "4"]
+    command = ["sweep", str(CONFIGS / "methods" / "full.json"), "--out", str(tmp_path / "sweep")]
+    command += ["--backbone", str(tiny_backbone), "--examples-per-task", "4", "--test-examples", "1"]
     for setting in [*TINY, "suite=builtin-pictures", 'tasks=["picture_number"]', "max_steps=1"]:
         command += ["--set", setting]
     assert main([*command, "--vision-backbone", str(vision[0])]) == 0
     (row,) = json.loads((tmp_path / "sweep" / "results.json").read_text())["rows"]
     assert row["steps"] == 1
-    save_file({n: 2 * x for n, x in load_file(vision[1] / "model.safetensors").items()}, vision[1] / "model.safetensors")
+    weights = vision[1] / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights)
     assert main([*command, "--vision-backbone", str(vision[1])]) == 2
     assert "of another configuration (vision_backbone)" in capsys.readouterr().err
 
