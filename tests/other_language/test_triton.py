@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mtlora.backbone import identify
 from server.cli.process import ServerProcess
 from tests.server.adapters import entry, write_adapter
 
@@ -16,12 +17,14 @@ TEXTS = ["Once upon a time", "The door is ajar."]
 
 
 @pytest.mark.skipif(not INSTALLED.exists(), reason="no Triton client: make test-triton installs it")
-def test_tritons_client_gets_the_answers_of_ours(tmp_path: Path) -> None:
+def test_tritons_client_gets_the_answers_of_ours(short_backbone: Path, tmp_path: Path) -> None:
     properties = {"open": {"type": "boolean"}, "size": {"enum": ["small", "large"]}}
     schema = {"type": "object", "properties": properties, "required": [*properties]}
     written = entry("record", answer={"type": "json", "schema": schema}, max_new_tokens=48)
-    write_adapter(tmp_path / "adapters" / "a" / "1", [entry("choice", allowed_answers=LABELS), written])
-    with ServerProcess(adapters=tmp_path / "adapters", kv_cache_gib=0.25) as server, server.client() as client:
+    tasks = [entry("choice", allowed_answers=LABELS), written]
+    write_adapter(tmp_path / "adapters" / "a" / "1", tasks, backbone=identify(short_backbone))
+    settings = {"backbone": short_backbone, "adapters": tmp_path / "adapters", "kv_cache_gib": 0.25}
+    with ServerProcess(**settings) as server, server.client() as client:
         command = [INSTALLED.parent / "bin" / "python", HERE / "triton_client.py", server.address, "choice", "record"]
         done = subprocess.run([*map(str, command), *TEXTS], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
