@@ -4,6 +4,7 @@ Shape suffixes: T tokens, D hidden size.
 """
 
 import gc
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -52,8 +53,10 @@ class Load:
         return [(first, True), (self.prompt, False), *((tokens, True) for tokens in further)]
 
 
-# Traced as for a card, but not compiled: Inductor's C++ for a CPU takes 20 s and is not its code for a card.
-SMALL = Load(TINY, AdapterShape(4, 4, 2), (2,), 3, (1, 2), 2, "aot_eager", 1)
+# Compiled as on a card where there is a compiler for C++, which Inductor needs on CPUs.
+SMALL = Load(
+    TINY, AdapterShape(4, 4, 2), (2,), 3, (1, 2), 2, "inductor" if shutil.which("g++") else "aot_eager", 1
+)  # fmt: skip
 
 
 class Serving:

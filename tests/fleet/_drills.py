@@ -82,9 +82,9 @@ def only_what_ran_failed(once: Iterable[FleetCalls], ran: int) -> bool:
     return 0 < failed <= ran and all(found.codes <= {"UNAVAILABLE"} for found in loads)
 
 
-async def rolling_restart(fleet: Fleet, found: FleetCalls, calls_between: int, servers: int | None = None) -> None:
-    """Restart each server once the load has gone on and each server has answered some of it; `servers`: the first."""
-    for member in fleet.members[:servers]:
+async def rolling_restart(fleet: Fleet, found: FleetCalls, calls_between: int) -> None:
+    """Restart each server once the load has gone on and each server has answered some of it."""
+    for member in fleet.members:
         await _go_on(fleet, found, calls_between)
         await asyncio.to_thread(member.stop)
         await asyncio.to_thread(_start, member)
