@@ -108,8 +108,8 @@ def read_result(
 
 def _about(run: Run, backbone: Path, settings: dict[str, Any], vision: Path | None) -> dict[str, Any]:
     """The values that a stored result must agree in."""
-    eyes = {} if vision is None else {"vision_backbone": identify(vision).weights_fingerprint}
-    return eyes | {
+    of_images = {} if vision is None else {"vision_backbone": identify(vision).weights_fingerprint}
+    return of_images | {
         "name": run.name,
         "seed": run.config.seed,
         "num_tasks": run.num_tasks,

@@ -159,6 +159,25 @@ def test_answer_that_differs_from_the_one_alone_is_wrong(tmp_path: Path) -> None
         assert load(address, tmp_path, "--check", "reply")[0] == 0
 
 
+@pytest.mark.parametrize(("flags", "ties", "wrong"), [((), 20, 0), (("--tie", "0.7"), 0, 20), (("--tie", "0"), 0, 20)])
+def test_an_answer_is_a_tie_up_to_the_tolerance(
+    flags: tuple[str, ...], ties: int, wrong: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's two tokens are 0.8 nats apart."""
+    chosen = pb.TokenLogprob(token_id=1, token="alone", logprob=-0.1)
+    other = pb.TokenLogprob(token_id=2, token="something", logprob=-0.9)
+
+    def alone(servicer: LyingServer, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        logprobs = [pb.TokenLogprobs(chosen=chosen, top=[chosen, other])]
+        return pb.GenerateResponse(text="alone", summary=servicer._summary(request, context), logprobs=logprobs)
+
+    monkeypatch.setattr(LyingServer, "Generate", alone)
+    with lying(changed) as (address, _, _):
+        status, found = load(address, tmp_path, *flags)
+    assert (status, found["check"]["ties"], found["wrong"]) == (int(wrong > 0), ties, wrong)
+    assert {example["nats"] for example in found["check"]["examples"]} == ({0.8} if wrong else set())
+
+
 def test_latency_includes_a_stall(tmp_path: Path) -> None:
     """The server stops for a second. Requests due meanwhile are late, although each is answered at once when sent."""
     first: list[float] = []

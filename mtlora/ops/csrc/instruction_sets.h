@@ -92,6 +92,7 @@
 namespace {
 
 // Whether the processor has AMX's tiles and products of bfloat16, and Linux lets this process use them: it must ask.
+// A source without code for them has no such condition: its function with tiles is that of 516.
 inline bool has_tiles() {
 #ifdef MTLORA_HAS_TILES
   constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
