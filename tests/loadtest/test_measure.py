@@ -288,6 +288,21 @@ def test_finds_the_token_where_answers_differ(text: str, gap: float | None) -> N
     assert found == (None if gap is None else pytest.approx(gap, abs=1e-5))
 
 
+def test_a_blank_is_a_token_of_its_own() -> None:
+    """Digits are single tokens, so a number begins with a blank."""
+    alone = tokens(
+        [(" ", 0.0), (" 9", -8.0)],
+        [("1", 0.0), ("7", -9.0)],
+        [("pm", -0.1), (" pm", -5.6)],
+        [(" =>", -0.8), (" ", -0.9)],
+    )
+    assert nats_apart("1pm 4pm => 7pm", alone, ["\n"]) == pytest.approx(0.1, abs=1e-5)
+    # Another number departs at its digit, not at a blank that both texts have.
+    assert nats_apart("7pm => 7pm", alone, ["\n"]) == pytest.approx(9.0, abs=1e-5)
+    # A token with a blank is not the one without.
+    assert nats_apart("1pm, then", alone, ["\n"]) is None
+
+
 def test_compares_reasoning_too() -> None:
     task = pb.Task(id="sum", fields=["input"], stop=["\n"], answer_marker="=>")
     alone = tokens([(" 3", -0.6), (" 4", -0.7)], [(" =>", 0.0)], [(" 3", -0.1), (" 4", -4.0)], [("\n", 0.0)])
