@@ -81,7 +81,7 @@ test-node: $(STAMP) ## a client in JavaScript against a server; needs node and n
 
 TRITON := tests/other_language/.venv
 test-triton: $(STAMP) $(TRITON)/.installed ## Triton's own client, in an environment of its own, against a server
-	$(BIN)/python -m pytest tests/other_language/test_triton.py
+	$(BIN)/python -m pytest tests/server/live/test_triton_client.py
 
 $(TRITON)/.installed: requirements/triton.lock
 	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)

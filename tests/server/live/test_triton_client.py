@@ -6,33 +6,34 @@ from pathlib import Path
 
 import pytest
 
-from mtlora.backbone import identify
+from mtlora.client import Client
 from server.cli.process import ServerProcess
-from tests.server.adapters import entry, write_adapter
+from tests.server.adapters import entry
+from tests.server.live.published import published
 
-HERE = Path(__file__).parent
-INSTALLED = HERE / ".venv" / ".installed"
+# Its environment and script run apart from this project's.
+FOLDER = Path(__file__).parents[2] / "other_language"
+INSTALLED = FOLDER / ".venv" / ".installed"
 LABELS = ("left", "right", "straight on")
 TEXTS = ["Once upon a time", "The door is ajar."]
 
 
 @pytest.mark.skipif(not INSTALLED.exists(), reason="no Triton client: make test-triton installs it")
-def test_tritons_client_gets_the_answers_of_ours(short_backbone: Path, tmp_path: Path) -> None:
+def test_tritons_client_gets_the_answers_of_ours(adapters: Path, server: ServerProcess, client: Client) -> None:
     properties = {"open": {"type": "boolean"}, "size": {"enum": ["small", "large"]}}
     schema = {"type": "object", "properties": properties, "required": [*properties]}
     written = entry("record", answer={"type": "json", "schema": schema}, max_new_tokens=48)
-    tasks = [entry("choice", allowed_answers=LABELS), written]
-    write_adapter(tmp_path / "adapters" / "a" / "1", tasks, backbone=identify(short_backbone))
-    settings = {"backbone": short_backbone, "adapters": tmp_path / "adapters", "kv_cache_gib": 0.25}
-    with ServerProcess(**settings) as server, server.client() as client:
-        command = [INSTALLED.parent / "bin" / "python", HERE / "triton_client.py", server.address, "choice", "record"]
+    with published(adapters / "triton", client, [entry("choice", allowed_answers=LABELS), written]):
+        command = [INSTALLED.parent / "bin" / "python", FOLDER / "triton_client.py", server.address, "choice", "record"]
         done = subprocess.run([*map(str, command), *TEXTS], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+        tasks = sorted(task.id for task in client.tasks())
         scores = client.score("choice", TEXTS)
         record = client.generate("record", TEXTS[0])
     found = json.loads(done.stdout)
     assert found["ready"]
-    assert sorted(found["index"]) == ["choice", "record"]
+    assert {"choice", "record"} < set(tasks)
+    assert sorted(found["index"]) == tasks
     assert (found["metadata"]["name"], found["metadata"]["versions"]) == ("choice", ["1"])
     assert [(tensor["name"], tensor["datatype"]) for tensor in found["metadata"]["outputs"]] == [
         ("text_output", "BYTES"), ("label", "BYTES"), ("probabilities", "FP32"), ("labels", "BYTES"),
