@@ -50,12 +50,12 @@ class VerificationLimits:
 
     def of_child(self) -> Limits:
         """Limits for the child process that reads the adapter."""
-        # Give the engine's steps priority.
+        # Let the engine's steps come first, but not alone: at 19, a new version waits for seconds on a busy machine.
         return Limits(
             self.timeout_s,
             memory_bytes=2 * self.max_bytes + self.headroom_bytes,
             file_bytes=self.max_bytes + _CHUNK,
-            niceness=19,
+            niceness=10,
         )
 
 
