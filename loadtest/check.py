@@ -123,12 +123,15 @@ def nats_apart(text: str, alone: Iterable[pb.TokenLogprobs], stop: Sequence[str]
     found: float | None = None
     rest = text.strip()
     for position, token in enumerate(alone):
+        chosen = token.chosen.token if position else token.chosen.token.lstrip()
+        departs = not rest.startswith(chosen)
         for other in token.top:
             gap = token.chosen.logprob - other.logprob
-            if other.token_id != token.chosen.token_id and _goes_on(rest, other.token, stop, first=position == 0):
+            # A blank begins most tokens: it counts only where the texts depart.
+            counts = other.token_id != token.chosen.token_id and (departs or other.token.strip())
+            if counts and _goes_on(rest, other.token, stop, first=position == 0):
                 found = gap if found is None else min(found, gap)
-        chosen = token.chosen.token if position else token.chosen.token.lstrip()
-        if not rest.startswith(chosen) or (not rest and chosen):
+        if departs:
             break
         rest = rest[len(chosen) :]
     return found

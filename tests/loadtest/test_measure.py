@@ -301,6 +301,9 @@ def test_a_blank_is_a_token_of_its_own() -> None:
     assert nats_apart("7pm => 7pm", alone, ["\n"]) == pytest.approx(9.0, abs=1e-5)
     # A token with a blank is not the one without.
     assert nats_apart("1pm, then", alone, ["\n"]) is None
+    # Both texts go on with this word; a blank, almost as likely there, is no reason for what differs later.
+    words = tokens([(" one", -0.1)], [(" two", -0.1), (" ", -0.2)], [(" three", -0.1), (" four", -6.0)])
+    assert nats_apart("one two four", words, ["\n"]) == pytest.approx(5.9, abs=1e-5)
 
 
 def test_compares_reasoning_too() -> None:
