@@ -1,10 +1,22 @@
 """Ports of this machine."""
 
+import random
 import socket
+
+# Below the ports that Linux gives to outgoing connections (net.ipv4.ip_local_port_range): one of these could take a port
+# between the choice and the server's start, or while a server restarts.
+_PORTS = range(20_000, 32_768)
+# Tests seed the module's own generator: two processes would choose the same ports.
+_random = random.SystemRandom()
 
 
 def free_port() -> int:
     """A port of the loopback interface that nothing listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    for port in _random.sample(_PORTS, len(_PORTS)):
+        with socket.socket() as found:
+            try:
+                found.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port from {_PORTS.start} to {_PORTS.stop - 1}")

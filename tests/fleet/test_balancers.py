@@ -43,7 +43,8 @@ def balanced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         pytest.skip(f"{request.param} is not installed")
     folder = tmp_path_factory.mktemp("fleet")
     keys, entries = [], []
-    for number in range(6):
+    # Enough that a balancer that hashes keys over two servers or more cannot send all to one.
+    for number in range(24):
         key, entry = tenant(f"t{number}", admin=not number)
         keys.append(key)
         entries.append(entry)
