@@ -3,8 +3,8 @@
 import random
 import socket
 
-# Below the ports that Linux gives to outgoing connections (net.ipv4.ip_local_port_range): one of these could take a port
-# between the choice and the server's start, or while a server restarts.
+# Below the ports that Linux gives to outgoing connections (net.ipv4.ip_local_port_range): a connection could take one
+# before the server starts, or while it restarts.
 _PORTS = range(20_000, 32_768)
 # Tests seed the module's own generator: two processes would choose the same ports.
 _random = random.SystemRandom()

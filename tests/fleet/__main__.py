@@ -66,10 +66,12 @@ def main() -> int:
         print(f"{len(fleet.members)} servers serve", flush=True)
         in_turn, placed = asyncio.run(compare(fleet, tasks))
         print(f"cold loads of {len(tasks)} adapters: placed {placed:,}, in turn {in_turn:,}", flush=True)
-        restarted, _ = asyncio.run(_under_load(ways, tasks, lambda found: rolling_restart(fleet, found, options.calls)))
+        restarted, _ = asyncio.run(
+            _under_load(ways, tasks, lambda once: rolling_restart(fleet, once[0], options.calls))
+        )
         _print("rolling restart", restarted)
         killed, ran = asyncio.run(
-            _under_load(ways, tasks, lambda found: kill_one(fleet, found, options.calls), twice=True)
+            _under_load(ways, tasks, lambda once: kill_one(fleet, once, options.calls), twice=True)
         )
         _print("kill -9", killed)
     repeated = {name: found for name, found in killed.items() if name.endswith("repeated")}
@@ -87,9 +89,9 @@ def main() -> int:
 
 
 async def _under_load(
-    ways: list[Way], tasks: list[str], drill: Callable[[FleetCalls], Awaitable[Any]], *, twice: bool = False
+    ways: list[Way], tasks: list[str], drill: Callable[[list[FleetCalls]], Awaitable[Any]], *, twice: bool = False
 ) -> tuple[dict[str, FleetCalls], Any]:
-    """A drill, with its result, under a closed loop of 32 through every way.
+    """A drill, with its result, under a closed loop of 32 through every way. It gets the loads that make calls once.
 
     twice: half of each makes calls once, half repeats them.
     """
@@ -100,7 +102,7 @@ async def _under_load(
                 loads[way.name + suffix] = await stack.enter_async_context(
                     load(way.address, way.access, tasks, retry=retry, in_flight=IN_FLIGHT // (1 + twice), **_ANSWER)
                 )
-        result = await drill(loads[ways[0].name])
+        result = await drill([loads[way.name] for way in ways])
     return loads, result
 
 

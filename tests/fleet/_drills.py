@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +20,14 @@ _TIMEOUT_S = 120.0
 
 @dataclass
 class FleetCalls:
-    """How calls ended: gRPC's status, and its message where that is not OK. running: in flight now."""
+    """How calls ended: gRPC's status, and its message where that is not OK. running: in flight now.
+
+    open: calls may begin.
+    """
 
     ends: Counter[str] = field(default_factory=Counter)
     running: int = 0
+    open: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def calls(self) -> int:
@@ -52,8 +56,10 @@ async def load(
 ) -> AsyncIterator[FleetCalls]:
     """A closed loop of unary calls, of as many as are in flight; the block's end waits for the last."""
     found, stopping = FleetCalls(), asyncio.Event()
+    found.open.set()
 
     async def ask(task: str) -> None:
+        await found.open.wait()
         found.running += 1
         try:
             await client.generate(task, "some words", timeout=_TIMEOUT_S, **asked)
@@ -91,12 +97,22 @@ async def rolling_restart(fleet: Fleet, found: FleetCalls, calls_between: int) -
     await _go_on(fleet, found, calls_between)
 
 
-async def kill_one(fleet: Fleet, found: FleetCalls, calls_between: int) -> int:
-    """Kill a server under load, go on without it, start it again; returns the calls that ran there."""
+async def kill_one(fleet: Fleet, once: Sequence[FleetCalls], calls_between: int) -> int:
+    """Kill a server under load, go on without it, start it again; returns the calls that ran there.
+
+    once: the loads whose calls are not repeated. None of these calls begins between the count and the kill.
+    """
+    found = once[0]
     await _go_on(fleet, found, calls_between)
     victim = fleet.members[0]
+    for each in once:
+        each.open.clear()
+    # Calls on their way arrive.
+    await asyncio.sleep(0.02)
     ran = await asyncio.to_thread(_in_flight, victim)
     await asyncio.to_thread(victim.kill)
+    for each in once:
+        each.open.set()
     before = found.calls
     await eventually(lambda: found.calls >= before + calls_between, _TIMEOUT_S)
     await asyncio.to_thread(_start, victim)

@@ -44,7 +44,7 @@ def balanced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("fleet")
     keys, entries = [], []
     # Enough that a balancer that hashes keys over two servers or more cannot send all to one.
-    for number in range(24):
+    for number in range(12):
         key, entry = tenant(f"t{number}", admin=not number)
         keys.append(key)
         entries.append(entry)
@@ -92,8 +92,10 @@ async def test_no_call_fails_while_servers_restart_in_turn(balanced: Balanced) -
 
 async def test_a_killed_server_fails_what_ran_there_and_the_client_repeats_it(balanced: Balanced) -> None:
     half = IN_FLIGHT // 2
-    async with balanced.load(in_flight=half) as once, balanced.load(in_flight=half, retry=Retry()) as repeated:
-        ran = await kill_one(balanced.fleet, once, calls_between=32)
+    # Calls that last: some still run when the server is killed, on a machine of any speed.
+    lasting: dict[str, Any] = {"in_flight": half, "max_new_tokens": 32}
+    async with balanced.load(**lasting) as once, balanced.load(**lasting, retry=Retry()) as repeated:
+        ran = await kill_one(balanced.fleet, [once], calls_between=32)
     assert only_what_ran_failed([once], ran), (ran, once.failed)
     assert repeated.failed == {}
     # The other servers failed no call.

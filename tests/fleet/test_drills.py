@@ -37,4 +37,4 @@ async def test_a_server_that_answers_nothing_ends_the_drill(tmp_path: Path, monk
     fleet = Fleet(tmp_path, [Silent({})], authority(tmp_path))
     async with asyncio.timeout(10):
         with pytest.raises(TimeoutError):
-            await _drills.kill_one(fleet, FleetCalls(), calls_between=0)
+            await _drills.kill_one(fleet, [FleetCalls()], calls_between=0)
