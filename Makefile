@@ -29,7 +29,7 @@ ISA_ENV_avx512_bf16 := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 MKL_ENABLE_INSTRUCTIO
 MASK := $(if $(ISA),env MTLORA_ISA=$(ISA) PYTHONPATH=tests/instruction_sets $(or $(ISA_ENV_$(ISA)),$(error ISA=$(ISA): \
   allowed: avx2, avx512, avx512_bf16)))
 # Flags of pytest-xdist. tests/conftest.py says which tests run in one process, and in what order.
-WORKERS  ?= 2
+WORKERS  ?= 3
 PARALLEL := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 BIN := $(VENV)/bin
@@ -66,7 +66,7 @@ accuracy: $(STAMP) ## the shipped adapter on the built-in test split, SEED=N for
 serve: $(STAMP) ## serve the adapters of ADAPTERS=DIR beside BACKBONE=DIR
 	$(BIN)/mtlora-server serve --backbone $(BACKBONE) --adapters $(ADAPTERS)
 
-test: $(STAMP) ## the whole test suite, in WORKERS=2 processes (ISA=avx2: with instruction sets masked)
+test: $(STAMP) ## the whole test suite, in WORKERS=3 processes (ISA=avx2: with instruction sets masked)
 	$(MASK) $(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(STAMP) ## the quick tests, without an engine, a server, the backbone or Triton's interpreter
