@@ -14,7 +14,7 @@ MODULE = "tests.benchmarks.parent_worker"
 
 
 def wait_gone(pid: int) -> None:
-    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 10)
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 30)
 
 
 def test_prints_of_a_worker_do_not_mix_with_its_replies() -> None:

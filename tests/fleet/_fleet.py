@@ -177,7 +177,7 @@ class Balancer:
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._process.wait(10)
+        self._process.wait(60)
 
     def _haproxy(self) -> list[str]:
         return ["haproxy", "-db", "-f", str(BALANCERS / "haproxy.cfg")]

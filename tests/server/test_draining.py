@@ -63,7 +63,7 @@ async def test_no_call_fails_while_servers_are_restarted_in_turn(client: str) ->
             # Both serve, and get calls.
             for service in services:
                 service.engine.jobs.clear()
-            await eventually(lambda: all(len(service.engine.jobs) > 20 for service in services), 10)
+            await eventually(lambda: all(len(service.engine.jobs) > 20 for service in services), 30)
             await services[place].drain()
             await lives[place].aclose()
             services[place] = Service(32, port=ports[place], drain_delay_s=delay)

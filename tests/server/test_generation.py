@@ -33,10 +33,10 @@ async def test_a_full_engines_worth_of_cold_requests_does_not_delay_a_warm_one()
     assert await ask(warm) == "x"
     waiting = [asyncio.create_task(ask(cold)) for _ in range(4)]
     await asyncio.sleep(0.01)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):
         assert await ask(warm) == "x"
     assert not any(task.done() for task in waiting)
     loads.gate["b"].set()
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):
         assert await asyncio.gather(*waiting) == ["x"] * 4
     assert (front.running, front.queued) == (0, 0)

@@ -53,7 +53,7 @@ async def test_requests_for_a_cold_adapter_do_not_hold_up_warm_ones(engine: Load
     engine.gate["b"] = asyncio.Event()
     cold = [asyncio.create_task(use(residency, b)) for _ in range(3)]
     await asyncio.sleep(0.01)
-    async with asyncio.timeout(0.5):
+    async with asyncio.timeout(10):
         await use(residency, a, a)
     assert not any(task.done() for task in cold)
     engine.gate["b"].set()
@@ -91,10 +91,10 @@ async def test_a_busy_adapter_makes_room_in_the_end(engine: Loads, monkeypatch: 
 
     busy = [asyncio.create_task(keep_busy()) for _ in range(3)]
     await asyncio.sleep(0.02)
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(10):
         await use(residency, b)
     stop = True
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(10):
         await asyncio.gather(*busy)
     assert engine.most == 1
 
@@ -174,7 +174,7 @@ async def test_a_version_wanted_again_stays_in_the_engine(engine: Loads) -> None
         draining = asyncio.create_task(residency.drain(a))
         await asyncio.sleep(0.01)
         a.enter(Stage.VERIFIED)
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(10):
         await draining
     assert engine.held == ["a"]
 

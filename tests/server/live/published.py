@@ -20,4 +20,4 @@ def published(folder: Path, client: Client, tasks: list[TaskEntry], **fields: An
     yield folder
     client.unload_adapter(folder.name)
     shutil.rmtree(folder)
-    wait_until(lambda: folder.name not in {adapter.name for adapter in client.adapters()}, 10)
+    wait_until(lambda: folder.name not in {adapter.name for adapter in client.adapters()}, 60)

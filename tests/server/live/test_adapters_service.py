@@ -39,7 +39,7 @@ def test_a_new_version_is_noticed_and_rolled_back(gamma: Path, client: Client) -
     events = client.watch_adapters("gamma")
     first = client.generate("gamma_one", TEXT, logprobs=1)
     write_adapter(gamma / "2", TASKS, seed=2)
-    wait_until(lambda: version(client) == "2", 10)
+    wait_until(lambda: version(client) == "2", 60)
     second = client.generate("gamma_one", TEXT, logprobs=1)
     assert second.logprobs != first.logprobs
     seen = []
@@ -74,7 +74,7 @@ def test_cached_blocks_do_not_cross_contents_of_one_version(gamma: Path, client:
     first = client.generate("gamma_one", text, logprobs=1)
     content = served(client, "gamma").versions[0].content
     write_adapter(gamma / "1", TASKS, seed=3)
-    wait_until(lambda: served(client, "gamma").versions[0].content != content, 10)
+    wait_until(lambda: served(client, "gamma").versions[0].content != content, 60)
     other = client.generate("gamma_one", text, logprobs=1)
     write_adapter(gamma / "2", TASKS, seed=3)
     client.load_adapter("gamma", "2")
@@ -106,7 +106,7 @@ def test_a_bad_version_is_refused_and_said_why(gamma: Path, client: Client, serv
 
 def test_weights_are_sticky_by_key_else_by_input(gamma: Path, client: Client) -> None:
     write_adapter(gamma / "2", TASKS, seed=2)
-    wait_until(lambda: version(client) == "2", 10)
+    wait_until(lambda: version(client) == "2", 60)
     client.set_adapter_weights({"1": 50, "2": 50}, adapter="gamma")
     by_key = {key: version(client, routing_key=key) for key in map(str, range(12))}
     assert set(by_key.values()) == {"1", "2"}

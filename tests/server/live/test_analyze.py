@@ -44,7 +44,7 @@ def test_a_document_is_read_once_for_all_tasks_calls_and_versions(papers: Path, 
     alone = [client.generate(task, DOCUMENT, logprobs=1) for task in IDS]
     assert [begun(each) for each in alone] == pytest.approx([begun(each.result()) for each in first], abs=0.2)
     write_adapter(papers / "2", TASKS, seed=2, activation="task")
-    wait_until(lambda: client.task(IDS[0]).adapter_version == "2", 10)
+    wait_until(lambda: client.task(IDS[0]).adapter_version == "2", 60)
     named = client.analyze_all(IDS, document_id=first[0].document_id, logprobs=1)
     assert {each.result().summary.adapter_version for each in named} == {"2"}
     assert all(each.result().summary.cached_tokens >= cached[1] for each in named)

@@ -92,7 +92,7 @@ def no_upload_stays(client: Client, adapters: Path) -> Iterator[None]:
     client.unload_adapter("uploaded")
     shutil.rmtree(adapters / "uploaded")
     (adapters / ".uploads").rmdir()
-    wait_until(lambda: "uploaded" not in {adapter.name for adapter in client.adapters()}, 20)
+    wait_until(lambda: "uploaded" not in {adapter.name for adapter in client.adapters()}, 60)
 
 
 @pytest.mark.usefixtures("no_upload_stays")
@@ -106,7 +106,7 @@ def test_an_uploaded_adapter_serves_with_its_own_defaults(
     write_adapter(tmp_path / "made", [marked, judged])
     version = client.upload_adapter(tmp_path / "made", "uploaded")
     assert version == "1"
-    wait_until(lambda: any(each.id == "marked" for each in client.tasks()), 20)
+    wait_until(lambda: any(each.id == "marked" for each in client.tasks()), 60)
     assert client.task("marked").defaults.temperature == 2.0
     answer = client.generate("marked", PROMPT, seed=1, include_reasoning=True)
     assert set(answer.token_ids) <= {a, x}

@@ -345,7 +345,7 @@ def test_metrics_count_a_request(server: ServerProcess, client: Client) -> None:
 
 def test_logs_json_without_prompts(server: ServerProcess, client: Client) -> None:
     answer = client.generate("echo", "zanzibar")
-    wait_until(lambda: answer.summary.request_id in server.log(), 10)
+    wait_until(lambda: answer.summary.request_id in server.log(), 60)
     line = next(line for line in server.log().splitlines() if answer.summary.request_id in line)
     assert json.loads(line)["task"] == "echo"
     assert "zanzibar" not in server.log()

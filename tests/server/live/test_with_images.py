@@ -200,7 +200,7 @@ def test_an_engine_that_dies_leaves_the_other_alone(server: ServerProcess, clien
     assert len(engines) == 2
     engines[0].kill()
     psutil.wait_procs(engines[:1])
-    wait_until(lambda: works(texts) + works(images) == 1, 10)
+    wait_until(lambda: works(texts) + works(images) == 1, 60)
     healthy = texts if works(texts) else images
     for _ in range(10):
         assert works(healthy)
