@@ -24,7 +24,7 @@ IMAGES: dict[str, Any] = {
 # A large task must not swamp the others: its images in an epoch, as a multiple of the median over tasks.
 _MOST_OF_MEDIAN = 4
 # Steps of a run on images at least: small suites are seen several times.
-_STEPS = 400
+_STEPS = 800
 
 
 def training_config(settings: Mapping[str, Any], suite: Suite, backbone: Path) -> TrainingConfig:

@@ -43,7 +43,7 @@ def test_a_folder_of_images_gets_defaults_of_its_own(photos: Path, vision: Path)
     # Few images are seen until there are enough steps.
     images = len(suite.examples("leaf", "train", None))
     batches = -(-images // config.batch_size)
-    assert (config.epochs - 1) * batches < 400 <= config.epochs * batches
+    assert (config.epochs - 1) * batches < 800 <= config.epochs * batches
     assert training_config({"suite": str(photos), "epochs": 3}, suite, vision).epochs == 3
     assert training_config({"suite": str(photos), "max_steps": 2}, suite, vision).epochs == 1
 
