@@ -64,6 +64,7 @@ def test_every_variable_of_the_config_map_is_a_setting(built: list[dict[str, Any
     assert manifests.server_settings(built).keys() <= known
 
 
+@pytest.mark.slow
 @needs_kustomize
 def test_with_a_volume_for_usage_each_replica_has_one_of_its_own(tmp_path: Path) -> None:
     """Component usage-volume on overlay cpu."""

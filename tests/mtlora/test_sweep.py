@@ -105,6 +105,7 @@ def test_a_sweep_writes_its_table_resumes_and_refuses_another(tiny_backbone: Pat
     assert "of another configuration (backbone)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_over_images_starts_from_their_defaults(tmp_path: Path) -> None:
     for i in range(48):
         split, label = ("test" if i < 8 else "train"), ("elm", "oak")[i // 2 % 2]

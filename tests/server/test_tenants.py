@@ -197,6 +197,7 @@ def test_any_file_is_read_or_refused(tmp_path: Path, content: bytes) -> None:
         read_tenants(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 def test_reloading_never_raises(tmp_path: Path, content: bytes) -> None:

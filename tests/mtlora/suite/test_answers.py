@@ -13,6 +13,7 @@ from mtlora.task import TaskSpec
 SHIPPED = Path(__file__).parents[3] / "adapters" / "builtin" / "4"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["builtin", "bbh-generated"])
 def test_targets_satisfy_their_types(name: str) -> None:
     suite, shipped = load_suite(name), read_manifest(SHIPPED)

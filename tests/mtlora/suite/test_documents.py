@@ -124,6 +124,7 @@ def test_dates_and_amounts_are_written_in_several_ways() -> None:
     assert amounts == {f"{f.format(n)}" for n in ("1234.50", "1,234.50") for f in ("{} EUR", "EUR {}", "€{}")}
 
 
+@pytest.mark.slow
 def test_documents_have_200_to_1500_tokens(tokenizer: Any) -> None:
     lengths = sorted(len(ids.ids) for ids in tokenizer.encode_batch([text for text, _ in TRAIN]))
     assert lengths[0] >= 200
