@@ -43,7 +43,7 @@ def balanced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         pytest.skip(f"{request.param} is not installed")
     folder = tmp_path_factory.mktemp("fleet")
     keys, entries = [], []
-    # Enough that a balancer that hashes keys over two servers or more cannot send all to one.
+    # So many that a balancer that hashes keys over two servers or more sends all to one in 1 of 2,000 runs at most.
     for number in range(12):
         key, entry = tenant(f"t{number}", admin=not number)
         keys.append(key)
