@@ -117,7 +117,7 @@ class CommonSettings(WorkloadSettings, Objective):
         description="what makes an answer wrong: reply, it is incomplete or another request's; alone, also if it is "
         "neither exact nor what the server answers to the same input alone; exact, also if it is not exact",
     )
-    tie_nats: Seconds = Field(1.5, alias="tie", description="tokens this near in log-probability are a tie")
+    tie_nats: Seconds = Field(1.0, alias="tie", description="tokens this near in log-probability are a tie")
     outcomes: bool = Field(False, description="keep every request in the result")
     out: Path = Field(Path("out/loadtest"), description="folder for result.json and report.html")
 

@@ -142,6 +142,7 @@ def do(run: Run, backbone: Path, settings: dict[str, Any], vision: Path | None =
     # One process per run, because peak memory is measured per process. It is forked from a process that has done the
     # slow imports.
     context = get_context("forkserver")
+    # The trainer imports Transformers' models late, so they are named too.
     context.set_forkserver_preload(["mtlora.train.trainer", "transformers.modeling_utils"])
     with ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_end_with_parent) as pool:
         result = pool.submit(_train_and_score, run, backbone, settings, vision).result()

@@ -190,7 +190,7 @@ def test_a_killed_sweep_ends_its_run(tiny_backbone: Path, tmp_path: Path) -> Non
             time.sleep(0.1)
         started = psutil.Process(sweep.pid).children(recursive=True)
         sweep.kill()
-    _, alive = psutil.wait_procs(started, timeout=60)
+    _, alive = psutil.wait_procs(started, timeout=10)
     for process in alive:
         process.kill()
     assert not alive

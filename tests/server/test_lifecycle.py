@@ -96,7 +96,7 @@ def test_a_signal_while_starting_ends_everything(
         wait_until(lambda: len(root.children()) > 1, 60)
         children = root.children(recursive=True)
         server.process.send_signal(number)
-        assert server.process.wait(60) == status
+        assert server.process.wait(10) == status
         # The engine of a killed server ends once it has loaded the plugins.
         _, alive = psutil.wait_procs(children, timeout=10 if status == 0 else 60)
         assert not alive
