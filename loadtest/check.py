@@ -8,10 +8,17 @@ In bfloat16 the last bits of a sum depend on the batch, which can flip the choic
 likely. An answer that differs from the answer alone first at such a choice, within `tie_nats` of log-probability,
 counts as a tie, not as wrong; the report says how many there were. Everything else is wrong: the text of another
 request, broken text, or an answer by other weights.
+
+The difference itself depends on the batch too, by a nat where the model is unsure. So a difference that is not clearly
+small is measured again among other requests, and the median of all measurements decides, in both directions.
 """
 
+import asyncio
+import math
+import random
+import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +26,17 @@ import grpc
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from loadtest.connection import Connection
+from loadtest.departure import nats_apart, nats_between, whole
 from loadtest.recorder import Answer
 from loadtest.tenants import Tenant
 
 _TOP = 5
 _LINE_EVERY_S = 5.0
 _MOST_SHOWN = 20
+# A difference above this share of `tie_nats` is measured again beside these numbers of other requests.
+_CLEAR = 0.5
+_COMPANY = (1, 2, 4, 8, 12, 16, 24, 32)
+_MOST_AGAIN = 50
 
 
 @dataclass
@@ -39,6 +51,8 @@ class Checked:
     examples: list[dict[str, Any]] = field(default_factory=list)
     # For each tie, the nats by which the token alone was likelier than the token in the batch.
     tie_nats: list[float] = field(default_factory=list)
+    # For each choice that was measured again, the nats alone and then in company; below 0 if the order had changed.
+    measured_again: list[list[float]] = field(default_factory=list)
 
     def add_wrong(
         self, answer: Answer, count: int, came: str, alone: str | None = None, nats: float | None = None
@@ -50,11 +64,13 @@ class Checked:
         """
         self.wrong += count
         if len(self.examples) < _MOST_SHOWN:
-            found = {"task": answer.task_id, "answer": came, "alone": alone, "target": answer.target, "nats": nats}
+            known = nats if nats is not None and math.isfinite(nats) else None
+            found = {"task": answer.task_id, "answer": came, "alone": alone, "target": answer.target, "nats": known}
             self.examples.append(found)
 
     def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """All fields; differences in ten-thousandths of a nat."""
+        return _rounded(vars(self))
 
 
 async def ask_again(
@@ -67,7 +83,11 @@ async def ask_again(
     timeout_s: float,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Checked:
-    """Ask every answer's input again, one at a time, and judge the answers. `tasks`: the server's tasks by id."""
+    """Ask every answer's input again, one at a time, and judge the answers. `tasks`: the server's tasks by id.
+
+    A difference near `tie_nats` or above is measured again among other inputs.
+    """
+    asker = _Asker(connection, tenant, timeout_s)
     checked = Checked()
     by_message: dict[bytes, list[tuple[Answer, int]]] = {}
     for answer, count in answers.items():
@@ -77,7 +97,7 @@ async def ask_again(
         if time.monotonic() - told >= _LINE_EVERY_S:
             told = time.monotonic()
             print(f"  check: {done} of {len(by_message)} inputs asked again alone", flush=True)
-        reply = None if stopped() else await _alone(connection, tenant, message, timeout_s)
+        reply = None if stopped() else await asker.with_logprobs(message)
         for answer, count in asked:
             if reply is None:
                 checked.unchecked += count
@@ -87,12 +107,17 @@ async def ask_again(
             if " ".join(came.split()) == " ".join(alone.split()):
                 checked.same_alone += count
                 continue
-            gap = nats_apart(came, reply.logprobs, task.stop)
-            if gap is not None and gap <= tie_nats:
+            apart = nats_apart(came, reply.logprobs, task.stop)
+            again = apart is not None and apart > _CLEAR * tie_nats and len(checked.measured_again) < _MOST_AGAIN
+            if apart is not None and again and not stopped():
+                nats = [apart, *await _in_company(asker, message, list(by_message), came, alone, task)]
+                checked.measured_again.append([each for each in nats if math.isfinite(each)])
+                apart = abs(statistics.median(nats))
+            if apart is not None and apart <= tie_nats:
                 checked.ties += count
-                checked.tie_nats += [round(gap, 4)] * count
+                checked.tie_nats += [apart] * count
             else:
-                checked.add_wrong(answer, count, came, alone, gap and round(gap, 4))
+                checked.add_wrong(answer, count, came, alone, apart)
     return checked
 
 
@@ -107,55 +132,52 @@ def against_targets(answers: Mapping[Answer, int]) -> Checked:
     return checked
 
 
-def whole(reasoning: str, text: str, task: pb.Task) -> str:
-    """The generated text, reasoning included, with one blank on either side of the marker."""
-    if not reasoning:
-        return text.strip()
-    return f"{reasoning.strip()} {task.answer_marker} {text.strip()}"
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 4) + 0.0  # no negative zero
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list) else value
 
 
-def nats_apart(text: str, alone: Iterable[pb.TokenLogprobs], stop: Sequence[str]) -> float | None:
-    """Nats between the two tokens at which `text` departed from the answer alone; None if its token is not in `top`.
+@dataclass(frozen=True)
+class _Asker:
+    connection: Connection
+    tenant: Tenant
+    timeout_s: float
 
-    Walks the tokens of the answer alone while `text` begins with them. `text` may have departed at any of them: the
-    smallest difference counts.
-    """
-    found: float | None = None
-    rest = text.strip()
-    for position, token in enumerate(alone):
-        chosen = token.chosen.token if position else token.chosen.token.lstrip()
-        departs = not rest.startswith(chosen)
-        for other in token.top:
-            gap = token.chosen.logprob - other.logprob
-            # A blank begins most tokens: it counts only where the texts depart.
-            counts = other.token_id != token.chosen.token_id and (departs or other.token.strip())
-            if counts and _goes_on(rest, other.token, stop, first=position == 0):
-                found = gap if found is None else min(found, gap)
-        if departs:
-            break
-        rest = rest[len(chosen) :]
-    return found
+    async def ask(self, message: bytes) -> bytes | None:
+        """The serialized reply, or None if the request failed."""
+        try:
+            reply: bytes = await self.connection.generate(
+                message, timeout=self.timeout_s, metadata=self.tenant.metadata
+            )
+        except grpc.aio.AioRpcError:
+            return None
+        return reply
 
-
-def _goes_on(rest: str, token: str, stop: Sequence[str], *, first: bool) -> bool:
-    """Whether an answer that continues with `rest` can have this token next. first: nothing came before `rest`."""
-    ends = not token or token.startswith("<|") or any(s in token for s in stop)
-    if ends:
-        # The text before a stop string in the same token is part of the answer.
-        before = min((token.partition(s)[0] for s in stop if s in token), key=len, default="")
-        return rest.strip() == before.strip()
-    # Only at its beginning has a text lost its blanks. Later a token may be one: "1pm 4pm" departs from "1pm =>" there.
-    token = token.lstrip() if first else token
-    return bool(token) and rest.startswith(token)
+    async def with_logprobs(self, message: bytes) -> pb.GenerateResponse | None:
+        request = pb.GenerateRequest.FromString(message)
+        request.parameters.logprobs = _TOP
+        reply = await self.ask(request.SerializeToString())
+        return None if reply is None else pb.GenerateResponse.FromString(reply)
 
 
-async def _alone(
-    connection: Connection, tenant: Tenant, message: bytes, timeout_s: float
-) -> pb.GenerateResponse | None:
-    request = pb.GenerateRequest.FromString(message)
-    request.parameters.logprobs = _TOP
-    try:
-        reply = await connection.generate(request.SerializeToString(), timeout=timeout_s, metadata=tenant.metadata)
-    except grpc.aio.AioRpcError:
-        return None
-    return pb.GenerateResponse.FromString(reply)
+async def _in_company(
+    asker: _Asker, message: bytes, inputs: Sequence[bytes], came: str, alone: str, task: pb.Task
+) -> list[float]:
+    """Ask `message` together with some of `inputs`, several times; return the differences between the two tokens."""
+    others = [each for each in inputs if each != message]
+    draw = random.Random(message)
+    gaps = []
+    for count in _COMPANY:
+        company = draw.sample(others, min(count, len(others)))
+        async with asyncio.TaskGroup() as group:
+            for each in company:
+                group.create_task(asker.ask(each))
+            reply = await asker.with_logprobs(message)
+        if reply is not None:
+            again = whole(reply.reasoning, reply.text, task)
+            gap = nats_between(came, alone, again, reply.logprobs, task.stop)
+            gaps += [] if gap is None else [gap]
+    return gaps

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mtlora_pb.v1 import inference_pb2 as pb
 
 from loadtest import result, server_metrics
-from loadtest.check import nats_apart, whole
+from loadtest.departure import nats_apart, nats_between, whole
 from loadtest.histogram import Latency
 from loadtest.knee import KneeSearch, Step
 from loadtest.recorder import OTHER, Answer
@@ -314,3 +314,20 @@ def test_compares_reasoning_too() -> None:
     # The reasoning departs between close tokens; the answer follows from it, although its own tokens are far apart.
     assert nats_apart(whole(" 4 ", " 4", task), alone, task.stop) == pytest.approx(0.1, abs=1e-5)
     assert nats_apart(whole(" 3 ", " 4", task), alone, task.stop) == pytest.approx(3.9, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("again", "nats"),
+    [
+        ([[("red", -0.1), ("blue", -0.6)], [("x", -0.1)]], 0.5),
+        ([[("blue", -0.1), ("red", -0.6)], [("x", -0.1)]], -0.5),
+        ([[("red", -0.1)]], math.inf),
+        ([[("blue", -0.1)]], -math.inf),
+        ([[("green", -0.1), ("red", -0.2), ("blue", -0.3)]], None),
+    ],
+)
+def test_a_third_answer_measures_the_same_choice(again: list[list[tuple[str, float]]], nats: float | None) -> None:
+    logprobs = tokens(*again)
+    text = "".join(position.chosen.token for position in logprobs)
+    found = nats_between("blue x", "red x", text, logprobs, ["\n"])
+    assert found == (None if nats is None else pytest.approx(nats, abs=1e-5))

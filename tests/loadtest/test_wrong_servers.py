@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,6 +177,43 @@ def test_an_answer_is_a_tie_up_to_the_tolerance(
         status, found = load(address, tmp_path, *flags)
     assert (status, found["check"]["ties"], found["wrong"]) == (int(wrong > 0), ties, wrong)
     assert {example["nats"] for example in found["check"]["examples"]} == ({0.8} if wrong else set())
+
+
+@pytest.mark.parametrize(
+    ("alone", "in_company", "tie"),
+    [
+        pytest.param(1.25, ("alone", 0.5), True, id="near in company"),
+        pytest.param(1.25, ("something", 0.5), True, id="the order changes"),
+        pytest.param(1.25, ("alone", 1.25), False, id="as far in company"),
+        pytest.param(1.25, ("something", 3.0), False, id="the order changes by much"),
+        pytest.param(1.25, ("else", 0.1), False, id="a third answer"),
+        pytest.param(0.75, ("alone", 1.25), False, id="near alone only"),
+        pytest.param(0.25, ("alone", 1.25), True, id="clear alone"),
+    ],
+)
+def test_a_difference_near_the_tolerance_is_measured_again_in_company(
+    alone: float, in_company: tuple[str, float], tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: Counter[str] = Counter()
+
+    def answer(servicer: LyingServer, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
+        with servicer.lock:
+            asked[request.text] += request.parameters.logprobs > 0
+            first, nats = ("alone", alone) if asked[request.text] == 1 else in_company
+        other = "something" if first == "alone" else "alone"
+        chosen, second = (
+            pb.TokenLogprob(token_id=len(token), token=token, logprob=logprob)
+            for token, logprob in ((first, -0.5), (other, -0.5 - nats))
+        )
+        logprobs = [pb.TokenLogprobs(chosen=chosen, top=[chosen, second])]
+        return pb.GenerateResponse(text=first, summary=servicer._summary(request, context), logprobs=logprobs)
+
+    monkeypatch.setattr(LyingServer, "Generate", answer)
+    with lying(changed) as (address, _, _):
+        status, found = load(address, tmp_path, "--requests", "6")
+    assert (status, found["check"]["ties"], found["wrong"]) == ((0, 6, 0) if tie else (1, 0, 6))
+    again = [len(nats) for nats in found["check"]["measured_again"]]
+    assert again == ([] if alone == 0.25 else [1 if in_company[0] == "else" else 9] * 6)
 
 
 def test_latency_includes_a_stall(tmp_path: Path) -> None:
