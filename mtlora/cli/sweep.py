@@ -104,11 +104,16 @@ def _configurations(args: argparse.Namespace) -> "tuple[dict[str, TrainingConfig
         name = TrainingConfig.model_validate(read_settings(file, flags + args.set)).suite
         # Load a suite once: a folder of images is read whole.
         suite = suites[repr(name)] = suites.get(repr(name)) or load_suite(name)
-        if not any(task.image for task in suite.tasks):
+        texts = not any(task.image for task in suite.tasks)
+        if texts:
             # Validation of texts generates; a run on images ends with its best state by validation.
             flags.append("validation_per_task=0")
+        settings = read_settings(file, flags + args.set)
+        if texts:
+            # In a first epoch, the loss is that of unseen examples.
+            settings.setdefault("epochs", 1)
         backbone = backbone or resolve(backbone_for(args.backbone, suite))
-        configs[file.stem] = training_config(read_settings(file, flags + args.set), suite, backbone)
+        configs[file.stem] = training_config(settings, suite, backbone)
     assert backbone is not None
     tasks = [task for suite in suites.values() for task in suite.tasks]
     return configs, backbone, vision_for(args.vision_backbone, tasks)

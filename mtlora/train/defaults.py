@@ -1,7 +1,7 @@
 """The settings of a run that its user leaves open, by the kind of its suite."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,11 +9,15 @@ from typing import Any
 from mtlora.suite import Suite
 from mtlora.suite.base import up_to
 from mtlora.suite.mix import count_for
+from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
 from mtlora.train.examples import chosen_tasks
 from mtlora.vision.families import read_config
 
-# Images, beside `TrainingConfig`'s own defaults, which are for texts. Heads start well: a high rate would spoil them.
+# A new adapter beside plain texts. A trained one, baselines, documents and texts with an image have measured recipes at
+# `TrainingConfig`'s lower rate.
+NEW_FOR_TEXTS: dict[str, Any] = {"learning_rate": 5e-3}
+# Images. Heads start well: a high rate would spoil them.
 IMAGES: dict[str, Any] = {
     "batch_size": 32,
     "learning_rate": 5e-4,
@@ -23,8 +27,9 @@ IMAGES: dict[str, Any] = {
 }
 # A large task must not swamp the others: its images in an epoch, as a multiple of the median over tasks.
 _MOST_OF_MEDIAN = 4
-# Steps of a run on images at least: small suites are seen several times.
-_STEPS = 800
+# Steps of a run at least: small suites are seen several times.
+_STEPS_OF_TEXTS = 200
+_STEPS_OF_IMAGES = 800
 
 
 def training_config(settings: Mapping[str, Any], suite: Suite, backbone: Path) -> TrainingConfig:
@@ -35,22 +40,38 @@ def training_config(settings: Mapping[str, Any], suite: Suite, backbone: Path) -
     """
     config = TrainingConfig.model_validate(settings)
     tasks = chosen_tasks(suite, config.tasks)
-    if not any(task.image for task in tasks):
-        return config
-    completed = {**IMAGES, **settings}
-    if suite.finite:
-        completed = {"examples_per_task": None, **completed}
-    if config.baseline is None:
-        # The first half's features suit most images, and a step takes little more than half of the time.
-        completed = {"frozen_layers": read_config(backbone).num_layers // 2, **completed}
-    config = TrainingConfig.model_validate(completed)
+    images = any(task.image for task in tasks)
+    if images:
+        completed = {**IMAGES, **settings}
+        if suite.finite:
+            completed = {"examples_per_task": None, **completed}
+        if config.baseline is None:
+            # The first half's features suit most images, and a step takes little more than half of the time.
+            completed = {"frozen_layers": read_config(backbone).num_layers // 2, **completed}
+        config = TrainingConfig.model_validate(completed)
+    elif _new_for_texts(config, tasks):
+        config = TrainingConfig.model_validate({**NEW_FOR_TEXTS, **settings})
     if "epochs" in settings:
         return config
-    asked = [count_for(config.examples_per_task, task.id) for task in tasks]
-    counts = [len(up_to(suite, task.id, "train", count, config.seed)) for task, count in zip(tasks, asked, strict=True)]
-    most = most_shown(config, counts)
+    counts = [_examples(config, suite, task.id) for task in tasks]
+    most = most_shown(config, counts) if images else math.inf
     steps = math.ceil(sum(min(count, most) for count in counts) / config.batch_size)
-    return config.model_copy(update={"epochs": math.ceil((config.max_steps or _STEPS) / max(1, steps))})
+    wanted = config.max_steps or (_STEPS_OF_IMAGES if images else _STEPS_OF_TEXTS)
+    return config.model_copy(update={"epochs": math.ceil(wanted / max(1, steps))})
+
+
+def _new_for_texts(config: TrainingConfig, tasks: Iterable[TaskSpec]) -> bool:
+    """Whether a run trains a new adapter for texts without images, with paths on all tokens."""
+    new = config.baseline is None and config.init_from is None
+    return new and config.adapter.activation == "all" and not any(task.picture for task in tasks)
+
+
+def _examples(config: TrainingConfig, suite: Suite, task_id: str) -> int:
+    """Training examples of a task in an epoch."""
+    asked = count_for(config.examples_per_task, task_id)
+    if asked is not None and isinstance(config.suite, str) and not suite.finite:
+        return asked
+    return len(up_to(suite, task_id, "train", asked, config.seed))
 
 
 def most_shown(config: TrainingConfig, counts: Collection[int]) -> float:

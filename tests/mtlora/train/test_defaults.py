@@ -1,13 +1,16 @@
 """Settings that a user leaves open: texts have TrainingConfig's own, images have theirs."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from mtlora.suite import load_suite
+from mtlora.suite.base import up_to
 from mtlora.train.config import TrainingConfig
-from mtlora.train.defaults import IMAGES, most_shown, training_config
+from mtlora.train.defaults import IMAGES, NEW_FOR_TEXTS, most_shown, training_config
 from tests.mtlora.vision.models import write_model
 
 
@@ -27,8 +30,42 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("backbone"))
 
 
-def test_texts_keep_the_configurations_defaults() -> None:
-    assert training_config({"seed": 3}, load_suite("builtin"), Path("nowhere")) == TrainingConfig(seed=3)
+def test_many_texts_are_seen_once_at_their_own_rate() -> None:
+    expected = TrainingConfig(seed=3, **NEW_FOR_TEXTS)
+    assert training_config({"seed": 3}, load_suite("builtin"), Path("nowhere")) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "least"),
+    [({}, 200), ({"max_steps": 20}, 20), ({"examples_per_task": 30}, 200), ({"tasks": ["short"]}, 200)],
+)
+def test_few_texts_are_seen_until_there_are_enough_steps(settings: dict[str, Any], least: int, tmp_path: Path) -> None:
+    for name, count in (("long", 100), ("short", 28)):
+        examples = [{"input": f"{name} {i}", "target": "Yes"} for i in range(count)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"examples": examples}))
+    suite = load_suite(str(tmp_path))
+    config = training_config({"suite": str(tmp_path), **settings}, suite, Path("nowhere"))
+    tasks = settings.get("tasks", ["long", "short"])
+    batches = -(-sum(len(up_to(suite, task, "train", config.examples_per_task)) for task in tasks) // 16)
+    assert (config.epochs - 1) * batches < least <= config.epochs * batches
+    given = training_config({"suite": str(tmp_path), "epochs": 2, **settings}, suite, Path("nowhere"))
+    assert given.epochs == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_from": "adapters/mtlora/1"},
+        {"baseline": {"method": "lora"}},
+        {"suite": "documents", "adapter": {"activation": "task"}},
+        {"suite": "builtin-pictures"},
+    ],
+)
+def test_runs_with_recipes_of_their_own_keep_the_lower_rate(settings: dict[str, Any]) -> None:
+    suite = load_suite(TrainingConfig.model_validate(settings).suite)
+    config = training_config({"examples_per_task": 10, **settings}, suite, Path("nowhere"))
+    assert config.learning_rate == TrainingConfig().learning_rate
+    assert training_config({"learning_rate": 1e-4}, load_suite("builtin"), Path("nowhere")).learning_rate == 1e-4
 
 
 def test_a_folder_of_images_gets_defaults_of_its_own(photos: Path, vision: Path) -> None:
