@@ -27,9 +27,9 @@ IMAGES: dict[str, Any] = {
 }
 # A large task must not swamp the others: its images in an epoch, as a multiple of the median over tasks.
 _MOST_OF_MEDIAN = 4
-# Steps of a run at least: small suites are seen several times.
-_STEPS_OF_TEXTS = 200
-_STEPS_OF_IMAGES = 800
+# Steps of a run at least: small suites are seen several times. A single task of texts needs fewer.
+_STEPS = 800
+_STEPS_OF_A_TEXT_TASK = 200
 
 
 def training_config(settings: Mapping[str, Any], suite: Suite, backbone: Path) -> TrainingConfig:
@@ -56,7 +56,7 @@ def training_config(settings: Mapping[str, Any], suite: Suite, backbone: Path) -
     counts = [_examples(config, suite, task.id) for task in tasks]
     most = most_shown(config, counts) if images else math.inf
     steps = math.ceil(sum(min(count, most) for count in counts) / config.batch_size)
-    wanted = config.max_steps or (_STEPS_OF_IMAGES if images else _STEPS_OF_TEXTS)
+    wanted = config.max_steps or (_STEPS if images else min(_STEPS, _STEPS_OF_A_TEXT_TASK * len(tasks)))
     return config.model_copy(update={"epochs": math.ceil(wanted / max(1, steps))})
 
 

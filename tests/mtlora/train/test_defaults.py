@@ -37,15 +37,21 @@ def test_many_texts_are_seen_once_at_their_own_rate() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "least"),
-    [({}, 200), ({"max_steps": 20}, 20), ({"examples_per_task": 30}, 200), ({"tasks": ["short"]}, 200)],
+    [
+        ({}, 800),
+        ({"max_steps": 20}, 20),
+        ({"examples_per_task": 30}, 800),
+        ({"tasks": ["a", "b"]}, 400),
+        ({"tasks": ["a"]}, 200),
+    ],
 )
 def test_few_texts_are_seen_until_there_are_enough_steps(settings: dict[str, Any], least: int, tmp_path: Path) -> None:
-    for name, count in (("long", 100), ("short", 28)):
-        examples = [{"input": f"{name} {i}", "target": "Yes"} for i in range(count)]
+    for name in "abcde":
+        examples = [{"input": f"{name} {i}", "target": "Yes"} for i in range(40 + ord(name) % 7)]
         (tmp_path / f"{name}.json").write_text(json.dumps({"examples": examples}))
     suite = load_suite(str(tmp_path))
     config = training_config({"suite": str(tmp_path), **settings}, suite, Path("nowhere"))
-    tasks = settings.get("tasks", ["long", "short"])
+    tasks = settings.get("tasks", "abcde")
     batches = -(-sum(len(up_to(suite, task, "train", config.examples_per_task)) for task in tasks) // 16)
     assert (config.epochs - 1) * batches < least <= config.epochs * batches
     given = training_config({"suite": str(tmp_path), "epochs": 2, **settings}, suite, Path("nowhere"))
