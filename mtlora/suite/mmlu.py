@@ -4,6 +4,7 @@
 
 Rows are `question,choice0,choice1,choice2,choice3,answer` under such a header, with the answer's index, or, as the
 authors publish them, without a header and with the answer's letter. Shots are the questions of `dev`, five a subject.
+The published `dev` of one subject has a question twice: it stays twice, so that prompts equal those of other programs.
 """
 
 import csv
@@ -44,13 +45,18 @@ class MMLUSuite:
             for subject in subjects
         )
         self._examples = {
-            (subject.lower(), split): _read(self.folder / name / f"{subject}_{name}.csv", subject.lower())
+            (subject.lower(), split): _read(
+                self.folder / name / f"{subject}_{name}.csv", subject.lower(), once=split != "train"
+            )
             for subject in subjects
             for split, name in _FOLDERS.items()
         }
 
     def examples(self, task_id: str, split: Split, count: int | None, seed: int = 0) -> list[Example]:
-        """See `Suite.examples`. Shots are the file's first rows, as published; other splits are in an order by hash."""
+        """See `Suite.examples`. Training examples, which are shots, are the file's first rows, a repeated one included.
+
+        Other splits are in an order by hash.
+        """
         if all(task.id != task_id for task in self.tasks):
             raise unknown_task(self, task_id)
         check_split(split)
@@ -60,8 +66,8 @@ class MMLUSuite:
         return drawn(found, task_id, split, count, seed)
 
 
-def _read(file: Path, task_id: str) -> list[Example]:
-    """A subject's questions, each once; none for a split without a file."""
+def _read(file: Path, task_id: str, *, once: bool) -> list[Example]:
+    """A subject's questions in the file's order; none for a split without a file. once: leave out repeated ones."""
     if not file.is_file():
         return []
     try:
@@ -69,7 +75,7 @@ def _read(file: Path, task_id: str) -> list[Example]:
             rows = list(csv.reader(stream))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SuiteError(f"{file}: {error}") from None
-    found: dict[str, Example] = {}
+    found: list[Example] = []
     for number, row in enumerate(rows, 1):
         if number == 1 and row == _HEADER:
             continue
@@ -84,5 +90,10 @@ def _read(file: Path, task_id: str) -> list[Example]:
             raise SuiteError(f"{file}: line {number}: answer: expected 0 to 3 or A to D, found {answer!r}")
         options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=True))
         text = f"{question}\n{options}"
-        found.setdefault(text, Example(task_id, text, answer, source=f"{file}: line {number}"))
-    return list(found.values())
+        found.append(Example(task_id, text, answer, source=f"{file}: line {number}"))
+    if not once:
+        return found
+    first: dict[str, Example] = {}
+    for example in found:
+        first.setdefault(example.input, example)
+    return list(first.values())

@@ -28,8 +28,9 @@ def _mmlu(folder: Path, test: str, dev: str = "") -> Path:
 
 def test_mmlu_in_both_published_forms(tmp_path: Path) -> None:
     rows = '"Is 1, or 2, odd?",one,two,both,none,{}\nIs 4 even?,yes,no,"at times, no",never,{}\n'
+    rows += rows.partition("\n")[0] + "\n"
     shots = "".join(f"Question {i}?,a,b,c,d,{i % 4}\n" for i in range(5))
-    for name, text in (("header", _HEADER + rows.format(0, 0)), ("letters", rows.format("A", "A"))):
+    for name, text in (("header", _HEADER + rows.format(0, 0, 0)), ("letters", rows.format(*"AAA"))):
         suite = load_suite(str(_mmlu(tmp_path / name, text, _HEADER + shots)))
         assert isinstance(suite, MMLUSuite)
         (task,) = suite.tasks
@@ -46,6 +47,7 @@ def test_mmlu_in_both_published_forms(tmp_path: Path) -> None:
         )
         assert prompt.endswith("D. none\nAnswer:")
         assert "D. d\nAnswer: B\n\nQuestion 2?" in prompt
+        assert len(examples) == 2
         with pytest.raises(SuiteError, match="5 training examples for its shots; 6 were asked for"):
             few_shot_prompt(suite, 6)(task, first)
 
@@ -69,8 +71,11 @@ def test_all_of_mmlu_loads() -> None:
     assert len(suite.tasks) == 57
     assert sum(len(suite.examples(task.id, "test", None)) for task in suite.tasks) > 13_000
     shots = {task.id: len(suite.examples(task.id, "train", None)) for task in suite.tasks}
-    # One of its five stands twice.
-    assert shots == dict.fromkeys(shots, 5) | {"college_physics": 4}
+    assert shots == dict.fromkeys(shots, 5)
+    # The published shots of this subject have a question twice.
+    physics = next(task for task in suite.tasks if task.id == "college_physics")
+    (question,) = suite.examples(physics.id, "test", 1)
+    assert few_shot_prompt(suite, 5)(physics, question).task.count("A refracting telescope") == 2
 
 
 def _line(i: int, category: str, **more: str) -> dict[str, str]:
