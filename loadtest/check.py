@@ -9,8 +9,9 @@ likely. An answer that differs from the answer alone first at such a choice, wit
 counts as a tie, not as wrong; the report says how many there were. Everything else is wrong: the text of another
 request, broken text, or an answer by other weights.
 
-The difference itself depends on the batch too, by a nat where the model is unsure. So a difference that is not clearly
-small is measured again among other requests, and the median of all measurements decides, in both directions.
+The difference depends on the batch too, most where the model is unsure. So a difference that is not clearly small
+is measured again among other requests. It is a tie if their median is within `tie_nats`, and no further than that from
+the difference alone: a fault that shifts every answer in a batch by more is no rounding.
 """
 
 import asyncio
@@ -36,6 +37,7 @@ _MOST_SHOWN = 20
 # A difference above this share of `tie_nats` is measured again beside these numbers of other requests.
 _CLEAR = 0.5
 _COMPANY = (1, 2, 4, 8, 12, 16, 24, 32)
+_LEAST_MEASURED = len(_COMPANY) // 2
 _MOST_AGAIN = 50
 
 
@@ -64,13 +66,11 @@ class Checked:
         """
         self.wrong += count
         if len(self.examples) < _MOST_SHOWN:
-            known = nats if nats is not None and math.isfinite(nats) else None
-            found = {"task": answer.task_id, "answer": came, "alone": alone, "target": answer.target, "nats": known}
+            found = {"task": answer.task_id, "answer": came, "alone": alone, "target": answer.target, "nats": nats}
             self.examples.append(found)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields; differences in ten-thousandths of a nat."""
-        return _rounded(vars(self))
+        return dict(vars(self))
 
 
 async def ask_again(
@@ -108,16 +108,19 @@ async def ask_again(
                 checked.same_alone += count
                 continue
             apart = nats_apart(came, reply.logprobs, task.stop)
+            tie = apart is not None and apart <= tie_nats
             again = apart is not None and apart > _CLEAR * tie_nats and len(checked.measured_again) < _MOST_AGAIN
             if apart is not None and again and not stopped():
-                nats = [apart, *await _in_company(asker, message, list(by_message), came, alone, task)]
-                checked.measured_again.append([each for each in nats if math.isfinite(each)])
-                apart = abs(statistics.median(nats))
-            if apart is not None and apart <= tie_nats:
+                company = await _in_company(asker, message, list(by_message), came, alone, task)
+                checked.measured_again.append([round(each, 4) for each in (apart, *company) if math.isfinite(each)])
+                if len(company) >= _LEAST_MEASURED:
+                    median = statistics.median(company)
+                    tie = abs(median) <= tie_nats and abs(apart - median) <= tie_nats
+            if apart is not None and tie:
                 checked.ties += count
-                checked.tie_nats += [apart] * count
+                checked.tie_nats += [round(apart, 4)] * count
             else:
-                checked.add_wrong(answer, count, came, alone, apart)
+                checked.add_wrong(answer, count, came, alone, apart and round(apart, 4))
     return checked
 
 
@@ -130,14 +133,6 @@ def against_targets(answers: Mapping[Answer, int]) -> Checked:
         else:
             checked.add_wrong(answer, count, answer.text)
     return checked
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 4) + 0.0  # no negative zero
-    if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def nats_between(
     for other, mine, sign in ((came, alone, 1.0), (alone, came, -1.0)):
         if again == mine or _shared(again, mine) > common:
             apart = nats_apart(other, logprobs, stop)
-            return sign * (math.inf if apart is None else apart)
+            return sign * (math.inf if apart is None else apart) + 0.0  # no negative zero
     return None
 
 

@@ -183,7 +183,9 @@ def test_an_answer_is_a_tie_up_to_the_tolerance(
     ("alone", "in_company", "tie"),
     [
         pytest.param(1.25, ("alone", 0.5), True, id="near in company"),
-        pytest.param(1.25, ("something", 0.5), True, id="the order changes"),
+        pytest.param(0.75, ("something", 0.125), True, id="the order changes by rounding"),
+        pytest.param(0.75, ("something", 0.5), False, id="the order changes for all in company"),
+        pytest.param(1.75, ("alone", 0.5), False, id="company shifts it by more than the tolerance"),
         pytest.param(1.25, ("alone", 1.25), False, id="as far in company"),
         pytest.param(1.25, ("something", 3.0), False, id="the order changes by much"),
         pytest.param(1.25, ("else", 0.1), False, id="a third answer"),
