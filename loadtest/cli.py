@@ -157,8 +157,10 @@ def _print_phase(phase: dict[str, Any]) -> None:
 
 def _print_judgement(made: dict[str, Any]) -> None:
     statuses: Counter[str] = Counter()
+    first: dict[str, str] = {}
     for phase in made["phases"]:
         statuses.update(phase["statuses"])
+        first = phase["errors"] | first
     found = made["check"]
     checked = (
         f"; {found['exact']} exact, {found['same_alone']} as alone, {found['ties']} ties" if found else "; not checked"
@@ -167,3 +169,5 @@ def _print_judgement(made: dict[str, Any]) -> None:
         f"statuses: {', '.join(f'{s} {n}' for s, n in sorted(statuses.items()))}; "
         f"failed {made['failed']}, wrong {made['wrong']}{checked}"
     )
+    for status, message in sorted(first.items()):
+        print(f"  the first {status}: {message}")

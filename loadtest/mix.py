@@ -39,7 +39,7 @@ def require_known(wanted: Sequence[str], known: Sequence[str], kind: str, where:
     for name in wanted:
         if name not in have:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            hint = f"near: {', '.join(near)}" if near else f"there are {_some(known)}"
+            hint = f"near: {', '.join(near)}" if near else f"allowed: {_some(known)}"
             raise LoadTestError(f"no {kind} {name!r} (in {where}); {hint}")
 
 

@@ -134,7 +134,9 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
 
     def _adapter(self, record: AdapterRecord) -> pb.Adapter:
         active = [self._version(version, Stage.SERVING) for version in record.active]
-        before = [self._version(version, Stage.VERIFIED) for version in reversed(record.previous)]
+        # A version that is kept for a rollback may also be a canary.
+        kept = [version for version in reversed(record.previous) if version not in record.active]
+        before = [self._version(version, Stage.VERIFIED) for version in kept]
         known = {each.version for each in (*active, *before)}
         rest = []
         for name, version in sorted(record.found.items(), key=lambda item: version_key(item[0]), reverse=True):

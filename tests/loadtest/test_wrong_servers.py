@@ -131,12 +131,13 @@ def test_counts_flawed_replies_as_failed(answer: Answer, flaw: str, tmp_path: Pa
     assert flaw in found["phases"][0]["flaws"][0]
 
 
-def test_counts_errors_by_status(tmp_path: Path) -> None:
+def test_counts_errors_by_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with lying(error) as (address, _, _):
         status, found = load(address, tmp_path)
     assert (status, found["failed"]) == (1, 20)
     assert found["phases"][0]["statuses"] == {"INTERNAL": 20}
     assert found["phases"][0]["errors"] == {"INTERNAL": "broke in the middle"}
+    assert "the first INTERNAL: broke in the middle\n" in capsys.readouterr().out
 
 
 def test_answers_that_could_not_be_asked_again_fail_the_run(

@@ -81,6 +81,22 @@ async def test_adapters_are_loaded_pinned_unloaded_and_rolled_back(service: Serv
     assert (await service.call(client.rollback_adapter, "a")).version == "1"
 
 
+async def test_an_earlier_version_is_listed_once_when_it_is_a_canary(service: Service) -> None:
+    # Loaded and replaced, it is kept for a rollback; the weights make it serve too.
+    await service.call(service.client.load_adapter, "a", "1")
+    await service.call(service.client.load_adapter, "a", "2")
+    await service.call(service.client.set_adapter_weights, {"1": 90, "2": 10}, adapter="a")
+    (listed,) = await service.call(service.client.adapters)
+    serving = pb.ADAPTER_STAGE_SERVING
+    assert [(each.version, each.stage) for each in listed.versions] == [("2", serving), ("1", serving)]
+    await service.call(service.client.set_adapter_weights, {}, adapter="a")
+    (listed,) = await service.call(service.client.adapters)
+    assert [(each.version, each.stage) for each in listed.versions] == [
+        ("2", serving),
+        ("1", pb.ADAPTER_STAGE_VERIFIED),
+    ]
+
+
 async def test_weights_of_a_task_come_before_those_of_its_adapter(service: Service) -> None:
     await service.call(service.client.set_adapter_weights, {"1": 30, "2": 70, "9": 0}, adapter="a")
     await service.call(service.client.set_adapter_weights, {"1": 1}, task="y")
