@@ -82,9 +82,16 @@ def write_random_adapter(
     *,
     seed: int = 0,
     config: MtLoRAConfig = CONFIG,
+    frozen_layers: int = 0,
 ) -> AdapterManifest:
-    """Write a checkpoint of the shipped adapter's size in float16."""
+    """Write a checkpoint of the shipped adapter's size in float16.
+
+    frozen_layers: number of first layers whose experts are zero.
+    """
     tensors = random_tensors(backbone, config, tasks, seed=seed, scale=_SCALE)
+    for layer in range(frozen_layers):
+        for module in config.modules:
+            tensors[f"layers.{layer}.{module}.lora_B"].zero_()
     halves = {name: tensor.half() for name, tensor in tensors.items()}
     return write_checkpoint(folder, backbone=backbone, config=config, tasks=tuple(tasks), tensors=halves)
 

@@ -34,7 +34,7 @@ BATCHES = (1, 4, 16, 64)
 FIELD_BATCH = 16
 # Distinct images that a server is asked about.
 NUM_CONTENTS = 16
-_SLOTS = 64
+_SLOTS = 100
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Case:
 
 RATIOS = (
     Ratio("25 tasks/bare", "25 tasks", "bare", 0.97, BATCHES),
+    Ratio("25 tasks half frozen/bare", "25 tasks half frozen", "bare", 0.97, BATCHES),
     Ratio("25 adapters/bare", "25 adapters", "bare", 0.90, BATCHES),
     Ratio("bare/hf", "bare", "hf", 1.0, (FIELD_BATCH,)),
     Ratio("bare/onnx", "bare", "onnx", 1.0, (FIELD_BATCH,)),
@@ -118,9 +119,10 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: st
     identity = identify(folder)
     ids = iter(range(1, 1000))
 
-    def adapter(name: str, tasks: int, seed: int) -> list[Slot]:
+    def adapter(name: str, tasks: int, seed: int, frozen_layers: int = 0) -> list[Slot]:
         """A random adapter's slots."""
-        write_random_adapter(temporary / name, identity, random_image_tasks(tasks, size=size), seed=seed)
+        written = random_image_tasks(tasks, size=size)
+        write_random_adapter(temporary / name, identity, written, seed=seed, frozen_layers=frozen_layers)
         return task_slots(temporary / name, tasks, ids)
 
     def worker(kind: str, **settings: Any) -> WorkerProcess:
@@ -131,12 +133,15 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: st
         return worker("engine", arguments={"enforce_eager": True, "disable_log_stats": True, "seed": 0, **arguments})
 
     one = adapter("one", TASKS, 1)
+    # As `mtlora train` makes an adapter of images by default.
+    half = adapter("half", TASKS, 2, frozen_layers=identity.num_layers // 2)
     several = [slot for i in range(TASKS) for slot in adapter(f"several-{i}", 1, 100 + i)]
     bare, routed = engine(), engine(enable_lora=True, max_loras=_SLOTS, max_cpu_loras=_SLOTS)
     cases = []
     for batch in BATCHES:
         cases.append(Case("bare", bare, batch))
-        cases += [Case("25 tasks", routed, batch, one), Case("25 adapters", routed, batch, several)]
+        cases += [Case("25 tasks", routed, batch, one), Case("25 tasks half frozen", routed, batch, half)]
+        cases.append(Case("25 adapters", routed, batch, several))
     cases.append(Case("hf", worker("transformers"), FIELD_BATCH))
     if onnx and importlib.util.find_spec("onnxruntime"):
         source = packaged("vision")

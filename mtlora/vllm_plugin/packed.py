@@ -78,12 +78,14 @@ def pack_adapter(
 ) -> PackedAdapter:
     """Pack an adapter on the CPU. `blocks` are all wrapped blocks of this worker; an adapter may have fewer.
 
+    A block whose experts are all zero gets no path: training left it frozen, and kernels then skip it.
+
     layout: that of its weights, by default the CPU's. Raises CheckpointError for weights that overflow in `dtype`.
     """
     config, tensors = checkpoint.manifest.config, checkpoint.tensors
 
     def pack(name: str) -> PackedBlock | None:
-        if name.rpartition(".")[2] not in config.modules:
+        if name.rpartition(".")[2] not in config.modules or not tensors[f"{name}.lora_B"].any():
             return None
         block = pack_block(
             tensors[f"{name}.lora_A"],

@@ -55,11 +55,12 @@ def make_adapter(
     num_tasks: int = 2,
     seed: int = 0,
     size: float = 1.0,
+    frozen: Iterable[int] = (),
     **fields: Any,
 ) -> AdapterManifest:
     """Write a random adapter with tasks t0, t1, ...; `size` is about that of its output for inputs of size one.
 
-    fields: of every task.
+    frozen: layers whose experts are zero. fields: of every task.
     """
     tasks = tuple(
         TaskEntry(id=f"t{i}", description="a test's task", bias_index=i if config.task_bias else None, **fields)
@@ -75,6 +76,9 @@ def make_adapter(
         "bias": 1.0,
     }
     tensors = random_tensors(backbone, config, tasks, seed=seed, scale=scale)
+    for layer in frozen:
+        for module in config.modules:
+            tensors[f"layers.{layer}.{module}.lora_B"].zero_()
     return write_checkpoint(folder, backbone=backbone, config=config, tasks=tasks, tensors=tensors)
 
 

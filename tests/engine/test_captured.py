@@ -7,7 +7,7 @@ Shape suffixes: T rows of the batch, D hidden size.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,14 +89,14 @@ class Fleet:
         for slot_id in (1, 2, 3):
             self.add(slot_id, seed=slot_id)
 
-    def add(self, slot_id: int, seed: int) -> None:
-        """Load a random adapter under an id, whatever had it before."""
+    def add(self, slot_id: int, seed: int, frozen: Iterable[int] = ()) -> None:
+        """Load a random adapter under an id, whatever had it before. frozen: layers whose experts are zero."""
         from vllm.lora.request import LoRARequest
 
         if slot_id in self.requests:
             self.runner.remove_lora(slot_id)
         folder = self.folder / str(seed)
-        make_adapter(folder, BACKBONE, MtLoRAConfig(r=1 + seed, num_experts=2, num_groups=2), seed=seed)
+        make_adapter(folder, BACKBONE, MtLoRAConfig(r=1 + seed, num_experts=2, num_groups=2), seed=seed, frozen=frozen)
         self.requests[slot_id] = LoRARequest(f"a{seed}", slot_id, f"{folder}#t1")
         self.checkpoints[slot_id] = read_checkpoint(folder)
         self.runner.add_lora(self.requests[slot_id])
@@ -258,6 +258,18 @@ def test_refuses_adapters_that_the_engine_was_not_started_for(tmp_path: Any) -> 
         make_adapter(tmp_path / name, BACKBONE, config)
         with pytest.raises(CheckpointError, match=rf"{name}: config.*{message}"):
             runner.add_lora(LoRARequest(name, 1, str(tmp_path / name)))
+
+
+def test_layers_that_training_left_frozen_are_skipped(fleet: Fleet) -> None:
+    fleet.add(2, seed=7, frozen=[0])
+    fleet.add(3, seed=8, frozen=range(LAYERS))
+    eager = fleet.runner.model
+    for seed, ids in enumerate([[1, 2, 3, 0], [3], [2, 3]]):
+        fleet.map(ids)
+        fleet.check(ids, lambda ids=ids: eager(len(ids)), len(ids), seed)
+    slots = fleet.runner.lora_manager._adapter_manager._slots
+    active = {slot_id: set(slots[slot_id].adapter.rows.active) for slot_id in (1, 2, 3)}
+    assert active == {1: set(range(LAYERS)), 2: set(range(1, LAYERS)), 3: set()}
 
 
 def test_weights_leave_memory_and_the_table_with_their_last_slot(fleet: Fleet) -> None:

@@ -14,6 +14,7 @@ from mtlora.checkpoint.read import read_checkpoint
 from mtlora.checkpoint.write import write_checkpoint
 from mtlora.config import MtLoRAConfig
 from mtlora.vllm_plugin.store import AdapterStore
+from tests.engine._models import make_adapter
 from tests.server.adapters import entry, write_adapter
 from tests.server.slots import TINY
 
@@ -118,6 +119,20 @@ def test_what_overflows_in_the_engines_dtype_is_refused(
     held = AdapterStore(TINY.model_dump(), BLOCKS, device=torch.device("cpu"), dtype=dtype)
     with pytest.raises(CheckpointError, match=message):
         held.stage(str(tmp_path / "a"))
+
+
+def test_layers_that_training_left_frozen_take_no_memory(tmp_path: Path) -> None:
+    bytes_of = {}
+    for frozen in ([], [0], [0, 1]):
+        folder = tmp_path / f"{len(frozen)}"
+        make_adapter(folder, TINY, MtLoRAConfig(r=4, num_experts=2, num_groups=2), frozen=frozen)
+        held = store()
+        slot = held.register(LoRARequest("a/1#t0", 1, f"{folder}#t0"))
+        assert slot.adapter is not None
+        assert slot.adapter.rows.active == {0, 1} - set(frozen)
+        bytes_of[len(frozen)] = held.resident_bytes()
+    assert bytes_of[0] > 0
+    assert bytes_of == {0: bytes_of[0], 1: bytes_of[0] // 2, 2: 0}
 
 
 @pytest.mark.parametrize("cached", [False, True])
