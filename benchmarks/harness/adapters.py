@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -53,10 +53,11 @@ def random_tensors(
     seed: int = 0,
     scale: float | Mapping[str, float] = 1.0,
     projector: ProjectorConfig | None = None,
+    frozen: Iterable[int] = (),
 ) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, normally distributed, in float32.
 
-    scale: the standard deviation of all, or by the last part of a tensor's name.
+    scale: the standard deviation of all, or by the last part of a tensor's name. frozen: layers whose experts are zero.
     """
     version = format_version(config, tasks)
     manifest = AdapterManifest(
@@ -68,11 +69,15 @@ def random_tensors(
         tensors_sha256="0" * 64,
     )
     generator = torch.Generator().manual_seed(seed)
-    return {
+    tensors = {
         name: torch.randn(shape, generator=generator)
         * (scale if isinstance(scale, float) else scale[name.rpartition(".")[2]])
         for name, shape in manifest.tensor_shapes().items()
     }
+    for layer in frozen:
+        for module in config.modules:
+            tensors[f"layers.{layer}.{module}.lora_B"].zero_()
+    return tensors
 
 
 def write_random_adapter(
@@ -82,16 +87,10 @@ def write_random_adapter(
     *,
     seed: int = 0,
     config: MtLoRAConfig = CONFIG,
-    frozen_layers: int = 0,
+    frozen: Iterable[int] = (),
 ) -> AdapterManifest:
-    """Write a checkpoint of the shipped adapter's size in float16.
-
-    frozen_layers: number of first layers whose experts are zero.
-    """
-    tensors = random_tensors(backbone, config, tasks, seed=seed, scale=_SCALE)
-    for layer in range(frozen_layers):
-        for module in config.modules:
-            tensors[f"layers.{layer}.{module}.lora_B"].zero_()
+    """Write a checkpoint of the shipped adapter's size in float16. frozen: as in `random_tensors`."""
+    tensors = random_tensors(backbone, config, tasks, seed=seed, scale=_SCALE, frozen=frozen)
     halves = {name: tensor.half() for name, tensor in tensors.items()}
     return write_checkpoint(folder, backbone=backbone, config=config, tasks=tuple(tasks), tensors=halves)
 

@@ -11,7 +11,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,10 +119,10 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: st
     identity = identify(folder)
     ids = iter(range(1, 1000))
 
-    def adapter(name: str, tasks: int, seed: int, frozen_layers: int = 0) -> list[Slot]:
+    def adapter(name: str, tasks: int, seed: int, frozen: Iterable[int] = ()) -> list[Slot]:
         """A random adapter's slots."""
         written = random_image_tasks(tasks, size=size)
-        write_random_adapter(temporary / name, identity, written, seed=seed, frozen_layers=frozen_layers)
+        write_random_adapter(temporary / name, identity, written, seed=seed, frozen=frozen)
         return task_slots(temporary / name, tasks, ids)
 
     def worker(kind: str, **settings: Any) -> WorkerProcess:
@@ -134,7 +134,7 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: st
 
     one = adapter("one", TASKS, 1)
     # As `mtlora train` makes an adapter of images by default.
-    half = adapter("half", TASKS, 2, frozen_layers=identity.num_layers // 2)
+    half = adapter("half", TASKS, 2, frozen=range(identity.num_layers // 2))
     several = [slot for i in range(TASKS) for slot in adapter(f"several-{i}", 1, 100 + i)]
     bare, routed = engine(), engine(enable_lora=True, max_loras=_SLOTS, max_cpu_loras=_SLOTS)
     cases = []

@@ -75,10 +75,7 @@ def make_adapter(
         "weight": 1.0,
         "bias": 1.0,
     }
-    tensors = random_tensors(backbone, config, tasks, seed=seed, scale=scale)
-    for layer in frozen:
-        for module in config.modules:
-            tensors[f"layers.{layer}.{module}.lora_B"].zero_()
+    tensors = random_tensors(backbone, config, tasks, seed=seed, scale=scale, frozen=frozen)
     return write_checkpoint(folder, backbone=backbone, config=config, tasks=tasks, tensors=tensors)
 
 
