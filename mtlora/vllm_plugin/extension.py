@@ -20,7 +20,7 @@ class AdapterLoading:
     model_runner: Any
 
     def mtlora_stage(self, folder: str) -> tuple[str, str]:
-        """Read and pack a checkpoint in a thread: (pending | ready | failed, why). Call until it is not pending."""
+        """Read and pack a checkpoint in a thread: (pending | ready | failed, why). Call until no rank is pending."""
         try:
             return (READY, "") if self.model_runner.lora_manager.stage(folder) else (PENDING, "")
         except (MtLoRAError, ValueError, OSError, MemoryError) as error:

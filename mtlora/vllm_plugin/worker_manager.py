@@ -76,16 +76,17 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         return wrapped
 
     def stage(self, folder: str) -> bool:
-        """Read and pack a checkpoint beside the running steps; True once it is done. Call again until then.
+        """Read and pack a checkpoint beside the running steps; True once it is done, until `place` or `unstage`.
 
-        Raises CheckpointError if it cannot be used; the next call tries anew.
+        Call again until every rank says so. Raises CheckpointError if it cannot be used; the next call tries anew.
         """
         future = self._staging.get(folder)
         if future is None:
             future = self._staging[folder] = self._stager.submit(self.store.stage, folder)
         if not future.done():
             return False
-        del self._staging[folder]
+        if future.exception() is not None:
+            del self._staging[folder]
         future.result()
         return True
 
@@ -99,6 +100,7 @@ class MtLoRAWorkerManager(LRUCacheWorkerLoRAManager):
         """Register the slots of a staged adapter; reads nothing. Raises ValueError as `AdapterStore.place` does."""
         with gpu_sync_allowed():
             self.store.place(folder, requests)
+        self._staging.pop(folder, None)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         """Register a request's adapter, outside any step. Errors reach the caller of `add_lora`."""
