@@ -109,7 +109,7 @@ class Settings(BaseSettings):
         "auto", description="dtype of the backbone; auto: as its weights, or float32 on a CPU without bfloat16 products"
     )
     max_model_len: int = Field(1024, ge=16, description="prompt and answer tokens of one sequence")
-    max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
+    max_num_seqs: int = Field(64, ge=1, description="sequences in one step of one engine")
     max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens in one step; unset: the engine's choice")
     kv_cache_gib: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="GiB of KV cache; unset: 1 on CPU, gpu_memory_utilization on GPU"
@@ -144,7 +144,8 @@ class Settings(BaseSettings):
     vision_max_num_seqs: int = Field(
         16,
         ge=1,
-        description="images in one step, of 112 x 112 pixels; on a CPU, more are no faster and delay other images",
+        description="images in one step of one engine, of 112 x 112 pixels; on a CPU, more are no faster and delay "
+        "other images",
     )
     vision_max_size: int = Field(
         518, ge=8, le=1024, description="pixels of a side of the largest square that a task prepares its images to"
@@ -158,6 +159,12 @@ class Settings(BaseSettings):
     )
     vision_gpu_memory_utilization: float = Field(
         0.1, gt=0, le=1, description="share of GPU memory for the vision backbone's engine"
+    )
+    vision_data_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="engines with the vision backbone; on a CPU, they divide the cores: more images a second, each of "
+        "them later",
     )
     vision_omp_threads_bind: str | None = Field(
         None,
@@ -191,8 +198,8 @@ class Settings(BaseSettings):
     max_in_flight: int | None = Field(
         None,
         ge=1,
-        description="requests for one engine admitted at once; unset: 4 x the larger of max_num_seqs and, with a "
-        "vision backbone, vision_max_num_seqs",
+        description="requests for one backbone admitted at once; unset: 4 x the larger of max_num_seqs x "
+        "data_parallel_size and, with a vision backbone, vision_max_num_seqs x vision_data_parallel_size",
     )
     max_message_bytes: int | None = Field(
         None,
@@ -350,14 +357,24 @@ class Settings(BaseSettings):
         return self
 
     @property
-    def ranks(self) -> int:
-        """Workers of all engines."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size * self.data_parallel_size
+    def engine_ranks(self) -> int:
+        """Workers of one engine with the language backbone."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    @property
+    def running_texts(self) -> int:
+        """Sequences that all engines with the language backbone run at a time."""
+        return self.max_num_seqs * self.data_parallel_size
+
+    @property
+    def running_images(self) -> int:
+        """Images that all engines with the vision backbone run at a time."""
+        return self.vision_max_num_seqs * self.vision_data_parallel_size
 
     @property
     def in_flight_limit(self) -> int:
-        """Requests in flight for one engine."""
-        return self.max_in_flight or 4 * max(self.max_num_seqs, self.vision_max_num_seqs if self.vision_backbone else 1)
+        """Requests in flight for one backbone."""
+        return self.max_in_flight or 4 * max(self.running_texts, self.running_images if self.vision_backbone else 1)
 
     @property
     def message_limit(self) -> int:

@@ -101,12 +101,12 @@ def classifying(client: AsyncClient, contents: Sequence[Any]) -> Callable[[int],
 
 
 @contextmanager
-def image_server(backbone: Path, folder: Path, size: int, dtype: str) -> Iterator[ServerProcess]:
+def image_server(backbone: Path, folder: Path, size: int, dtype: str, *, engines: int = 1) -> Iterator[ServerProcess]:
     """A server of images alone. It may be halted for as long as something else is measured."""
     write_random_adapter(folder / "adapters" / "eyes" / "1", identify(backbone), random_image_tasks(TASKS, size=size))
     with native_server(
         backbone="none", vision_backbone=backbone, vision_dtype=dtype, vision_max_size=size, engine_hang_s=3600,
-        adapters=folder / "adapters", log_level="warning",
+        vision_data_parallel_size=engines, adapters=folder / "adapters", log_level="warning",
     ) as server:  # fmt: skip
         yield server
 

@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,20 @@ _SLOTS = 100
 
 @dataclass(frozen=True)
 class Case:
-    """One system at one batch size. slots: those of the images, in turn. beside: a process that is halted meanwhile."""
+    """One system at one batch size. slots: those of the images, in turn. beside: processes halted meanwhile."""
 
     name: str
     worker: WorkerProcess
     batch: int
     slots: Sequence[Any] = ()
-    beside: int | None = None
+    beside: Sequence[int] = ()
 
     def seconds(self, images: int, size: int) -> float:
         """Seconds that `images` images take."""
         message = {"images": images, "size": size, "batch": self.batch, "slots": list(self.slots)}
-        with halted(self.beside) if self.beside else nullcontext():
+        with ExitStack() as stack:
+            for process in self.beside:
+                stack.enter_context(halted(process))
             reply = self.worker.ask(message)
         if reply["features"] != images:
             raise RuntimeError(f"{self.name}: {reply['features']} features of {images} images")
@@ -66,9 +68,11 @@ RATIOS = (
 )
 # Calls of one image in flight, and the ratios that the server must reach.
 IN_FLIGHT = (16, 64)
-THROUGH_GRPC = (
-    Ratio("JPEGs through gRPC/in process", "gRPC, JPEGs", "25 tasks", 0.90, IN_FLIGHT),
-    Ratio("tensors through gRPC/in process", "gRPC, tensors", "25 tasks", 0.90, IN_FLIGHT),
+TWO_ENGINES = ", two engines"
+THROUGH_GRPC = tuple(
+    Ratio(f"{contents} through gRPC{engines}/in process", f"gRPC, {contents}{engines}", "25 tasks", 0.90, IN_FLIGHT)
+    for engines in ("", TWO_ENGINES)
+    for contents in ("JPEGs", "tensors")
 )
 
 
@@ -95,8 +99,13 @@ def main() -> int:
         print_report(report, title)
         if not args.skip_grpc:
             in_process = [case for case in cases if case.name == "25 tasks" and case.batch in IN_FLIGHT]
-            server = stack.enter_context(image_server(folder, temporary / "served", args.size, args.dtype))
-            report["through_grpc"] = _through_grpc(server, in_process, args.images, args.size, args.rounds, title)
+            servers = {
+                name: stack.enter_context(
+                    image_server(folder, temporary / f"served-{engines}", args.size, args.dtype, engines=engines)
+                )
+                for name, engines in {"": 1, TWO_ENGINES: 2}.items()
+            }
+            report["through_grpc"] = _through_grpc(servers, in_process, args.images, args.size, args.rounds, title)
     if not args.skip_text:
         with tempfile.TemporaryDirectory() as other:
             report["text_beside_images"] = text_beside_images(
@@ -159,12 +168,18 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: st
 
 
 def _through_grpc(
-    server: ServerProcess, in_process: Sequence[Case], images: int, size: int, rounds: int, title: str
+    servers: Mapping[str, ServerProcess], in_process: Sequence[Case], images: int, size: int, rounds: int, title: str
 ) -> dict[str, Any]:
     """Calls with JPEGs, and with decoded tensors, in turn with the engine in process; prints a table."""
     contents = {"gRPC, JPEGs": photographs(NUM_CONTENTS), "gRPC, tensors": tensors(NUM_CONTENTS, size)}
-    served = [Served(name, server, batch, each) for batch in IN_FLIGHT for name, each in contents.items()]
-    cases: list[Case | Served] = [*served, *(replace(case, beside=server.process.pid) for case in in_process)]
+    served = [
+        Served(f"{name}{engines}", server, batch, each)
+        for batch in IN_FLIGHT
+        for engines, server in servers.items()
+        for name, each in contents.items()
+    ]
+    beside = [server.process.pid for server in servers.values()]
+    cases: list[Case | Served] = [*served, *(replace(case, beside=beside) for case in in_process)]
     report = make_report(images, _run(cases, images, size, rounds), THROUGH_GRPC)
     print_report(report, f"through gRPC: {title}", "in flight")
     print_front(served)

@@ -379,12 +379,12 @@ def _tracer(settings: Settings, metrics: Metrics) -> Tracer | None:
 
 
 def _turns(settings: Settings) -> dict[Lane, Turns]:
-    """Turns of each engine, whether the server starts it or not."""
+    """Turns of each backbone's engines, whether the server starts them or not."""
     texts, images = (
-        min(engine_turns(most), settings.in_flight_limit)
-        for most in (settings.max_num_seqs, settings.vision_max_num_seqs)
+        min(engine_turns(running), settings.in_flight_limit)
+        for running in (settings.running_texts, settings.running_images)
     )
-    batches = min(texts, batch_turns(settings.max_num_seqs))
+    batches = min(texts, batch_turns(settings.running_texts))
     return {Lane.TEXT: Turns(texts, batches), Lane.IMAGES: Turns(images, images)}
 
 

@@ -15,7 +15,7 @@ from mtlora.vllm_cpu.memory import memory_environment
 from mtlora.vllm_plugin.seams import available, require
 from server.engine import orphans
 from server.engine.stats import EngineStats, stat_logger
-from server.engine.threads import BIND, thread_environment
+from server.engine.threads import BIND, UNBOUND, thread_environment
 from server.job import MAX_SCORED_TOKENS, Lane
 from server.settings import Settings
 from server.telemetry.logs import get_logger
@@ -120,22 +120,18 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         "block_size": CPU_BLOCK_TOKENS if on_cpu else None,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
-        "data_parallel_size": settings.data_parallel_size,
         "quantization": settings.quantization,
         "max_logprobs": MAX_SCORED_TOKENS,
         # Text tasks may then take images, as soft tokens in their prompts.
         "enable_prompt_embeds": settings.vision_backbone is not None and available("soft tokens"),
-        **_both(settings, settings.max_num_seqs, on_cpu),
+        **_both(settings, settings.max_num_seqs, settings.data_parallel_size, settings.engine_ranks),
     }
 
 
 def _vision_engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
-    from vllm.platforms import current_platform
-
     from mtlora.vision.families import read_config
     from mtlora.vllm_vision import vision_dtype, vision_engine_args
 
-    on_cpu = bool(current_platform.is_cpu())
     patch = read_config(backbone).patch_size
     return {
         **vision_engine_args(
@@ -147,19 +143,22 @@ def _vision_engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         "dtype": vision_dtype(settings.vision_dtype, backbone),
         "gpu_memory_utilization": settings.vision_gpu_memory_utilization,
         "kv_cache_memory_bytes": VISION_CACHE_BYTES,
-        **_both(settings, settings.vision_max_num_seqs, on_cpu),
+        **_both(settings, settings.vision_max_num_seqs, settings.vision_data_parallel_size, ranks=1),
     }
 
 
-def _both(settings: Settings, max_num_seqs: int, on_cpu: bool) -> dict[str, Any]:
-    """Arguments that both kinds of engine share."""
+def _both(settings: Settings, max_num_seqs: int, engines: int, ranks: int) -> dict[str, Any]:
+    """Arguments that both kinds of engine share. engines: those of the backbone, of `ranks` ranks each."""
+    from vllm.platforms import current_platform
+
     from mtlora.vllm_plugin import engine_overrides
     from mtlora.vllm_plugin.options import Options
 
     return {
-        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        "enforce_eager": current_platform.is_cpu() if settings.enforce_eager is None else settings.enforce_eager,
         "seed": settings.seed,
-        "distributed_executor_backend": settings.distributed_executor_backend or _default_executor(settings, on_cpu),
+        "data_parallel_size": engines,
+        "distributed_executor_backend": _executor(settings, engines, ranks),
         "use_tqdm_on_load": False,
         **engine_overrides(
             max_num_seqs,
@@ -181,6 +180,7 @@ def engine_environment(settings: Settings, lane: Lane) -> dict[str, str]:
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
     sharing, images = _engines_share_cores(settings), lane is Lane.IMAGES
     bind = (settings.vision_omp_threads_bind if images else None) or settings.omp_threads_bind
+    ranks = settings.vision_data_parallel_size if images else settings.engine_ranks * settings.data_parallel_size
     return {
         **wanted,
         # Keep logs off stdout, which has only the ready line.
@@ -199,25 +199,32 @@ def engine_environment(settings: Settings, lane: Lane) -> dict[str, str]:
         **({_MODEL_RUNNER: "0"} if images else {}),
         **memory_environment(),
         **(shared_cores.sharing_environment(lane.value) if sharing else {}),
-        **thread_environment(bind, os.environ, 1 if images else settings.ranks, from_last=sharing and images),
+        **thread_environment(bind, os.environ, ranks, from_last=sharing and images, bound=not images or ranks == 1),
     }
 
 
 def _engines_share_cores(settings: Settings) -> bool:
     """Whether two engines would use the same cores, and no setting places their threads."""
     both = settings.language_backbone is not None and settings.vision_backbone is not None
+    single = settings.engine_ranks * settings.data_parallel_size == settings.vision_data_parallel_size == 1
     placed = settings.omp_threads_bind or settings.vision_omp_threads_bind or BIND in os.environ
-    return both and settings.ranks == 1 and not placed
+    return both and single and not placed
 
 
-def _default_executor(settings: Settings, on_cpu: bool) -> type | None:
-    """The executor if the settings name none; None leaves the choice to vLLM.
+def _executor(settings: Settings, engines: int, ranks: int) -> str | type | None:
+    """The executor of a backbone's engines, of `ranks` ranks each; None leaves the choice to vLLM.
 
-    One rank on a CPU runs in the engine's own process. vLLM would start a second process to place its threads, and both
-    processes would poll for messages on the cores that the model needs. Passing the class prevents that; vLLM overrides
-    the name "uni" (vllm/platforms/cpu.py).
+    Unless the settings name one, a single rank on a CPU runs in its engine's own process. vLLM would start a second
+    process to place its threads, and both processes would poll for messages on the cores that the model needs. Passing
+    the class prevents that; vLLM overrides the name "uni" (vllm/platforms/cpu.py). If there are several engines whose
+    threads are bound, vLLM places them.
     """
-    if not on_cpu or settings.ranks > 1 or not available("one process an engine on CPUs"):
+    from vllm.platforms import current_platform
+
+    placed = engines > 1 and os.environ[BIND] != UNBOUND
+    if settings.distributed_executor_backend or not current_platform.is_cpu() or ranks > 1 or placed:
+        return settings.distributed_executor_backend
+    if not available("one process an engine on CPUs"):
         return None
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 

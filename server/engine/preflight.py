@@ -58,7 +58,7 @@ def memory_needed(settings: Settings, backbone: Path, lane: Lane) -> int:
     stored = sum(file.stat().st_size for file in backbone.glob("*.safetensors"))
     if lane is Lane.IMAGES:
         # A vision backbone's weights keep their dtype.
-        return stored + VISION_CACHE_BYTES + int(ENGINE_GIB[lane] * _GIB)
+        return settings.vision_data_parallel_size * (stored + VISION_CACHE_BYTES + int(ENGINE_GIB[lane] * _GIB))
     dtype = engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None)
     config = json.loads((backbone / "config.json").read_text())
     # Two-byte weights are converted to four bytes.

@@ -13,27 +13,28 @@ from pathlib import Path
 from mtlora.control_group import cpu_cores
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
+UNBOUND = "nobind"
 
 
 def thread_environment(
-    setting: str | None, environment: Mapping[str, str], ranks: int, *, from_last: bool = False
+    setting: str | None, environment: Mapping[str, str], ranks: int, *, from_last: bool = False, bound: bool = True
 ) -> dict[str, str]:
     """Environment variables that place the threads of `ranks` workers: the setting, else vLLM's own, else all cores.
 
     from_last: in the default, a rank's first thread has its last core. So two engines that take half of their threads
     take different cores.
 
-    Under a CPU quota smaller than the number of cores, threads are counted but not bound. Otherwise, neighbours with
-    quotas of their own would all be bound to the same first cores.
+    If not `bound`, and under a CPU quota smaller than the number of cores, threads are counted but not bound to cores.
+    Under a quota, neighbours with quotas of their own would all be bound to the same first cores.
     """
     if setting is not None:
         return {BIND: setting}
     if BIND in environment:
         return {}
     cores = sorted(os.sched_getaffinity(0))
-    quota = quota_cores()
-    if quota is not None and quota < len(cores):
-        return {BIND: "nobind", "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(max(1, quota // ranks)))}
+    usable = min(len(cores), quota_cores() or len(cores))
+    if not bound or usable < len(cores):
+        return {BIND: UNBOUND, "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(max(1, usable // ranks)))}
     order = -1 if from_last else 1
     return {BIND: "|".join(",".join(map(str, share[::order])) for share in deal(cores, ranks))}
 

@@ -24,18 +24,18 @@ COMPLETION_COST = 2.0
 _STEP_TOKENS = 512
 
 
-def engine_turns(max_num_seqs: int) -> int:
-    """Turns at a time: the sequences that the engine runs, and a few more, so that it need not wait for the next one.
+def engine_turns(running: int) -> int:
+    """Turns at a time: the sequences that a backbone's engines run, and a few more, so that none waits for the next.
 
     With answers of a dozen tokens, five sequences end in each full step of 64, and the next step begins before the
     server gets these answers.
     """
-    return max_num_seqs + max(2, max_num_seqs // 8)
+    return running + max(2, running // 8)
 
 
-def batch_turns(max_num_seqs: int) -> int:
+def batch_turns(running: int) -> int:
     """Most turns of all batches together: the rest is room for single requests."""
-    return max(1, max_num_seqs - max(1, max_num_seqs // 32))
+    return max(1, running - max(1, running // 32))
 
 
 @dataclass(eq=False)
@@ -142,7 +142,7 @@ class Turn:
 
 @dataclass
 class Turns:
-    """The turns of one engine. Batches hold `most_batch` of them at most.
+    """The turns of one backbone's engines. Batches hold `most_batch` of them at most.
 
     Between two steps of the engine, batches get an eighth of all turns, or `_STEP_TOKENS` of prompts if that is more:
     the engine computes prompts in the order in which it gets them, so a request that comes after a batch waits for a

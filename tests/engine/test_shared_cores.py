@@ -75,6 +75,9 @@ def test_only_engines_that_nobody_placed_share(tmp_path: Path, monkeypatch: pyte
     assert environment(Lane.TEXT, **both)[threads.BIND] == "0,1,2"
     assert environment(Lane.IMAGES, **both)[threads.BIND] == "2,1,0"
     assert environment(Lane.IMAGES, **both)[shared_cores.ENVIRONMENT].startswith("1:/proc/")
+    two = environment(Lane.IMAGES, **both, vision_data_parallel_size=2)
+    assert (two[threads.BIND], two["OMP_NUM_THREADS"]) == ("nobind", "1")
+    assert shared_cores.ENVIRONMENT not in two
     for placed in ({}, both | {"omp_threads_bind": "0-1"}, both | {"vision_omp_threads_bind": "2"}):
         assert shared_cores.ENVIRONMENT not in environment(Lane.IMAGES, **placed)
     monkeypatch.setenv(threads.BIND, "0-2")

@@ -1,4 +1,4 @@
-"""Two engines behind one server: both have the adapters, both answer, and their counts add up."""
+"""Two engines of a backbone in one server: both have the adapters, both answer, and their counts add up."""
 
 import contextlib
 import time
@@ -8,10 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from mtlora.backbone import identify
 from mtlora.client import ServerError
 from mtlora.client.metrics_page import MetricsPage
 from server.cli.process import ServerProcess
+from tests.mtlora.vision.models import write_model
+from tests.mtlora.vision.pictures import encoded, photograph
 from tests.server.adapters import entry, write_adapter
+from tests.server.live.conftest import SIGHTS
 
 pytestmark = pytest.mark.scaleout
 
@@ -39,6 +43,41 @@ def test_two_engines_answer_as_one(tmp_path: Path) -> None:
         assert found.value("mtlora_adapter_slots_registered") == 1
         assert found.value("mtlora_engine_step_adapters_sum") > 0
         assert found.value("mtlora_adapter_load_seconds_count") == 1
+
+
+def test_two_vision_engines_answer_as_one(tmp_path: Path) -> None:
+    backbone = write_model(tmp_path / "backbone", "dinov2")
+    # More than one adapter: the engines read each at a speed of their own.
+    for name in ("first", "second", "third"):
+        task = SIGHTS[0].model_copy(update={"id": name})
+        write_adapter(tmp_path / "adapters" / name / "1", [task], backbone=identify(backbone), scale=0.2)
+    pictures = [encoded(photograph(60 + i, 40)) for i in range(4)]
+    with (
+        ServerProcess(
+            adapters=tmp_path / "adapters",
+            backbone="none",
+            vision_backbone=backbone,
+            vision_data_parallel_size=2,
+            timeout=300,
+        ) as server,
+        server.client() as client,
+    ):
+
+        def ask(number: int) -> dict[str, float]:
+            (found,) = client.classify("second", [pictures[number % len(pictures)]])
+            assert found.error is None
+            return dict(found.probabilities)
+
+        engines = [p for p in psutil.Process(server.process.pid).children(recursive=True) if "EngineCore" in p.name()]
+        assert len(engines) == 2
+        before = [sum(each.cpu_times()[:2]) for each in engines]
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(ask, range(200)))
+        for number, answer in enumerate(answers):
+            assert answer == pytest.approx(answers[number % len(pictures)], abs=1e-4)
+        assert answers[0] != pytest.approx(answers[1], abs=1e-4), "pictures that are alike test nothing"
+        after = [sum(each.cpu_times()[:2]) for each in engines]
+        assert all(b > a for a, b in zip(before, after, strict=True)), "both engines worked"
 
 
 def test_notices_one_of_two_engines_that_hangs_while_the_other_answers(tmp_path: Path) -> None:

@@ -86,6 +86,10 @@ def test_images_need_no_kv_cache_of_texts(monkeypatch: pytest.MonkeyPatch, backb
         check_machine(settings, images)
     machine(monkeypatch, GIB + 900 * MIB)
     check_machine(settings, images)
+    # Two engines with the vision backbone.
+    two = Settings(allow_no_tasks=True, backbone="none", vision_backbone="vision", vision_data_parallel_size=2)
+    with pytest.raises(EngineStartError, match=r"need 2\.60; allowed"):
+        check_machine(two, images)
     # Beside texts: the sum.
     both = Settings(allow_no_tasks=True, vision_backbone="vision")
     machine(monkeypatch, 3 * GIB + 300 * MIB)

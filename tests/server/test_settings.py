@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from server import cli
+from server.app import app
 from server.cli import serve
 from server.engine import threads
+from server.job import Lane
 from server.settings import Settings, SettingsError, flag_of, load_settings
 
 
@@ -31,6 +33,22 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path, monke
     assert settings.enforce_eager is False
     assert settings.grace_period_s == 30
     assert settings.in_flight_limit == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "texts", "images"),
+    [
+        ({}, 64, 16),
+        ({"data_parallel_size": 4}, 256, 16),
+        ({"vision_backbone": "v", "vision_data_parallel_size": 8}, 64, 128),
+    ],
+)
+def test_several_engines_run_more_at_a_time(flags: dict[str, object], texts: int, images: int) -> None:
+    settings = load_settings({"allow_no_tasks": True, **flags})
+    assert (settings.running_texts, settings.running_images) == (texts, images)
+    assert settings.in_flight_limit == 4 * max(texts, images if settings.vision_backbone else 1)
+    turns = app._turns(settings)
+    assert (turns[Lane.TEXT].most, turns[Lane.IMAGES].most) == (texts + texts // 8, images + images // 8)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +188,8 @@ def test_threads_follow_the_setting_then_the_environment_then_all_cores(monkeypa
     assert threads.thread_environment(None, {}, 2) == {threads.BIND: "0,1|2,3,4"}
     assert threads.thread_environment(None, {}, 6) == {threads.BIND: "0|1|2|3|4|0"}
     assert threads.thread_environment(None, {}, 2, from_last=True) == {threads.BIND: "1,0|4,3,2"}
+    assert threads.thread_environment(None, {}, 2, bound=False) == {threads.BIND: "nobind", "OMP_NUM_THREADS": "2"}
+    assert threads.thread_environment("0|1", {}, 2, bound=False) == {threads.BIND: "0|1"}
 
 
 def test_a_quota_of_fewer_cores_limits_threads_without_binding_them(monkeypatch: pytest.MonkeyPatch) -> None:
