@@ -76,8 +76,9 @@ def test_two_vision_engines_answer_as_one(tmp_path: Path) -> None:
         for number, answer in enumerate(answers):
             assert answer == pytest.approx(answers[number % len(pictures)], abs=1e-4)
         assert answers[0] != pytest.approx(answers[1], abs=1e-4), "pictures that are alike test nothing"
-        after = [sum(each.cpu_times()[:2]) for each in engines]
-        assert all(b > a for a, b in zip(before, after, strict=True)), "both engines worked"
+        spent = [sum(each.cpu_times()[:2]) - start for each, start in zip(engines, before, strict=True)]
+        # An idle engine takes some time too, for its statistics.
+        assert min(spent) > sum(spent) / 5, "both engines worked"
 
 
 def test_notices_one_of_two_engines_that_hangs_while_the_other_answers(tmp_path: Path) -> None:
