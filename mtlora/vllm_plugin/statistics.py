@@ -6,6 +6,8 @@ a rank, with the fields of `statistics`.
 
 from typing import Any
 
+from vllm.distributed import get_tensor_model_parallel_rank
+
 from mtlora.vllm_plugin.worker_manager import MtLoRAWorkerManager
 
 
@@ -17,11 +19,14 @@ class WorkerStatistics:
     def mtlora_statistics(self) -> dict[str, Any]:
         """This rank's `statistics`."""
         manager: MtLoRAWorkerManager = self.model_runner.lora_manager
-        return statistics(manager)
+        return statistics(manager, get_tensor_model_parallel_rank())
 
 
-def statistics(manager: MtLoRAWorkerManager) -> dict[str, Any]:
-    """Slots and weights now, counts since the start, and the sampled routing by adapter version."""
+def statistics(manager: MtLoRAWorkerManager, tensor_parallel_rank: int = 0) -> dict[str, Any]:
+    """Slots and weights now, counts since the start, and the sampled routing by adapter version.
+
+    Tensor-parallel ranks sample the same rows, so only the first shows them: all ranks' sums can be added.
+    """
     adapter_manager, store = manager._adapter_manager, manager.store
     sampler = adapter_manager.step.sampler
     return {
@@ -31,5 +36,5 @@ def statistics(manager: MtLoRAWorkerManager) -> dict[str, Any]:
         "resident_bytes": store.resident_bytes(),
         "weight_loads": store.counts.weight_loads,
         "slot_evictions": store.counts.slot_evictions,
-        "routing": sampler.sums() if sampler else {},
+        "routing": sampler.sums() if sampler and tensor_parallel_rank == 0 else {},
     }

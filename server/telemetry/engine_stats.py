@@ -1,7 +1,8 @@
 """Data classes of engine statistics: the engine's process fills them, metrics export them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 
 @dataclass(slots=True)
@@ -38,14 +39,21 @@ class KvCache:
 class RoutingSums:
     """Sums over sampled routing; fields as in `mtlora.vllm_plugin.sampling.RoutingSums`."""
 
-    rows: int
-    entropy: float
-    expert_weights: Sequence[float]
+    rows: int = 0
+    entropy: float = 0.0
+    expert_weights: Sequence[float] = ()
+
+    def __add__(self, other: "RoutingSums") -> "RoutingSums":
+        # Engines may differ in an adapter's number of experts for a moment: a version's content can be replaced.
+        pairs = zip_longest(self.expert_weights, other.expert_weights, fillvalue=0.0)
+        return RoutingSums(
+            self.rows + other.rows, self.entropy + other.entropy, [mine + theirs for mine, theirs in pairs]
+        )
 
 
 @dataclass(frozen=True)
 class WorkerStats:
-    """Adapters of one rank of one engine, and its sampled routing by adapter version."""
+    """Adapters of one rank of one engine, and the sampled routing that no other rank has, by adapter version."""
 
     slots: int
     slots_in_use: int
@@ -54,3 +62,12 @@ class WorkerStats:
     weight_loads: int
     slot_evictions: int
     routing: Mapping[str, RoutingSums]
+
+
+def total_routing(ranks: Iterable[Mapping[str, RoutingSums]]) -> dict[str, RoutingSums]:
+    """The sums of all ranks, by adapter version."""
+    total: dict[str, RoutingSums] = {}
+    for each in ranks:
+        for adapter, sums in each.items():
+            total[adapter] = total.get(adapter, RoutingSums()) + sums
+    return total

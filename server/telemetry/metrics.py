@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from mtlora import __version__
 from server.job import Lane
 from server.telemetry.collectors import CounterFamily, CounterOf, GaugeByLabel, Histograms
-from server.telemetry.engine_stats import EngineStats, KvCache, RoutingSums, WorkerStats
+from server.telemetry.engine_stats import EngineStats, KvCache, WorkerStats, total_routing
 from server.telemetry.port import serve_metrics
 from server.telemetry.routers import GAUGES, AdapterMemory, EngineLoad, RouterMetrics
 from server.telemetry.top import OTHER, TopLabels
@@ -413,9 +413,7 @@ class Metrics:
         self._show_routing()
 
     def _show_routing(self) -> None:
-        # All ranks have the same inputs and so the same routing: use the first rank with samples.
-        sampled = [next((each.routing for each in ranks if each.routing), {}) for ranks in self._workers.values()]
-        routing: Mapping[str, RoutingSums] = {name: sums for each in sampled for name, sums in each.items()}
+        routing = total_routing(each.routing for workers in self._workers.values() for each in workers)
         ranked = sorted(routing.items(), key=lambda item: item[1].rows, reverse=True)
         top, rest = ranked[:TOP_ADAPTERS], [sums for _, sums in ranked[TOP_ADAPTERS:]]
         rows: dict[tuple[str, ...], float] = {(adapter,): sums.rows for adapter, sums in top}

@@ -25,12 +25,13 @@ NEW_TOKENS = 12
 def greedy(
     model: Path, adapters: Path, prompts: Sequence[Sequence[int]], bind: str, monkeypatch: pytest.MonkeyPatch,
     **arguments: Any,
-) -> list[tuple[int, ...]]:  # fmt: skip
-    """Greedy tokens of every prompt, bare and with each adapter, all in one batch."""
+) -> tuple[list[tuple[int, ...]], list[bool]]:  # fmt: skip
+    """Greedy tokens of every prompt, bare and with each adapter, all in one batch; and which ranks show routing."""
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", bind)
+    monkeypatch.setenv("MTLORA_ROUTING_SAMPLE_STEPS", "1")
     requests = [LoRARequest(name, i, str(adapters / name)) for i, name in enumerate(CONFIGS, start=1)]
     work = [(prompt, request) for prompt in prompts for request in (None, *requests)]
     with running_engine(model, dtype="float32", **arguments) as engine:
@@ -42,7 +43,8 @@ def greedy(
             lora_request=[request for _, request in work],
             use_tqdm=False,
         )
-    return [tuple(output.outputs[0].token_ids) for output in outputs]
+        ranks = engine.llm_engine.collective_rpc("mtlora_statistics")
+    return [tuple(output.outputs[0].token_ids) for output in outputs], [bool(rank["routing"]) for rank in ranks]
 
 
 def prepare(model: Path, adapters: Path, vocabulary: int) -> list[list[int]]:
@@ -64,13 +66,18 @@ def test_three_ranks_share_the_layers_of_the_default_backbone(tmp_path, monkeypa
     """Each rank has 3 of 9 heads and one of 3 key-value heads."""
     model = resolve("default")
     prompts = prepare(model, tmp_path, 49152)
-    alone = greedy(model, tmp_path, prompts, "0", monkeypatch)
-    check(alone, greedy(model, tmp_path, prompts, "0|1|1", monkeypatch, tensor_parallel_size=3))
+    alone, _ = greedy(model, tmp_path, prompts, "0", monkeypatch)
+    shared, _ = greedy(model, tmp_path, prompts, "0|1|1", monkeypatch, tensor_parallel_size=3)
+    check(alone, shared)
 
 
 def test_two_ranks_in_tensor_and_in_pipeline_parallel_give_the_tokens_of_one(tmp_path, monkeypatch):
     model = make_model(tmp_path / "model", "llama", num_layers=4)
     prompts = prepare(model, tmp_path, VOCABULARY)
-    alone = greedy(model, tmp_path, prompts, "0", monkeypatch)
-    for split in ("tensor_parallel_size", "pipeline_parallel_size"):
-        check(alone, greedy(model, tmp_path, prompts, "0|1", monkeypatch, **{split: 2}))
+    alone, _ = greedy(model, tmp_path, prompts, "0", monkeypatch)
+    tensor, routing = greedy(model, tmp_path, prompts, "0|1", monkeypatch, tensor_parallel_size=2)
+    check(alone, tensor)
+    assert routing == [True, False], "both ranks sample the same rows"
+    pipeline, routing = greedy(model, tmp_path, prompts, "0|1", monkeypatch, pipeline_parallel_size=2)
+    check(alone, pipeline)
+    assert routing == [True, True], "each rank samples blocks of its own"

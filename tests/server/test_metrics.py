@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 
 from server.engine import EngineStats, RoutingSums, WorkerStats
+from server.job import Lane
 from server.telemetry.collectors import CounterFamily, Histograms
 from server.telemetry.metrics import TOP_TASKS, TOP_TENANTS, UNKNOWN_TASK, Metrics
 from server.telemetry.routers import GAUGES
@@ -180,10 +181,24 @@ def test_counts_of_workers_survive_their_restart() -> None:
 def test_routing_shows_the_busiest_adapters() -> None:
     metrics = Metrics()
     routing = {f"a/{i}": RoutingSums(rows=i + 1, entropy=0.5, expert_weights=[0.25, 0.75]) for i in range(30)}
-    metrics.record_workers([worker(), worker(routing=routing), worker(routing=routing)])
+    metrics.record_workers([worker(), worker(routing=routing)])
     assert value(metrics, "mtlora_routing_sampled_rows_total", adapter="a/29") == 30
     assert value(metrics, "mtlora_routing_expert_weight_total", adapter="a/29", expert="1") == 0.75
     assert value(metrics, "mtlora_routing_sampled_rows_total", adapter=OTHER) == sum(range(1, 11))
+
+
+def test_routing_of_several_engines_adds_up() -> None:
+    metrics = Metrics()
+    one = worker(routing={"a/1": RoutingSums(8, 4.0, [6.0, 2.0]), "b/1": RoutingSums(8, 1.0, [8.0])})
+    other = worker(routing={"a/1": RoutingSums(24, 6.0, [1.0, 3.0, 20.0])})
+    metrics.record_workers([one, worker()])
+    metrics.record_workers([other], Lane.IMAGES)
+    metrics.record_workers([one, worker(), other])
+    rows = "mtlora_routing_sampled_rows_total"
+    assert (value(metrics, rows, adapter="a/1"), value(metrics, rows, adapter="b/1")) == (8 + 2 * 24, 8)
+    assert value(metrics, "mtlora_routing_entropy_ratio_total", adapter="a/1") == 4 + 2 * 6
+    weights = [value(metrics, "mtlora_routing_expert_weight_total", adapter="a/1", expert=str(n)) for n in range(3)]
+    assert weights == [6 + 2, 2 + 6, 40]
 
 
 @pytest.mark.parametrize("exemplars", [True, False])
