@@ -15,7 +15,7 @@ from mtlora.vllm_cpu.memory import memory_environment
 from mtlora.vllm_plugin.seams import available, require
 from server.engine import orphans
 from server.engine.stats import EngineStats, stat_logger
-from server.engine.threads import BIND, UNBOUND, thread_environment
+from server.engine.threads import BIND, UNBOUND, ranks_of, setting_for, thread_environment
 from server.job import MAX_SCORED_TOKENS, Lane
 from server.settings import Settings
 from server.telemetry.logs import get_logger
@@ -179,8 +179,8 @@ def engine_environment(settings: Settings, lane: Lane) -> dict[str, str]:
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
     sharing, images = _engines_share_cores(settings), lane is Lane.IMAGES
-    bind = (settings.vision_omp_threads_bind if images else None) or settings.omp_threads_bind
-    ranks = settings.vision_data_parallel_size if images else settings.engine_ranks * settings.data_parallel_size
+    setting, ranks = setting_for(settings, lane), ranks_of(settings, lane)
+    bind = getattr(settings, setting) if setting else None
     return {
         **wanted,
         # Keep logs off stdout, which has only the ready line.

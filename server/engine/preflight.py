@@ -1,12 +1,14 @@
 """Checks, before an engine starts, that this machine or container can run it."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from mtlora.control_group import memory_left
 from server.engine.engine import EngineStartError
 from server.engine.launch import CPU_KV_CACHE_GIB, VISION_CACHE_BYTES
+from server.engine.threads import BIND, check_cores, ranks_of, setting_for
 from server.job import Lane
 from server.settings import Settings
 
@@ -21,7 +23,10 @@ DECODED_BYTES = 12
 
 
 def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
-    """Raise EngineStartError if this machine cannot run this build of the engine, or its memory limit is too small."""
+    """Raise EngineStartError if this machine cannot run this build of the engine.
+
+    Also if it lacks cores that the settings name, or its memory limit is too small.
+    """
     import torch
     from vllm.platforms import current_platform
 
@@ -35,6 +40,8 @@ def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
         return
     if capabilities["architecture"] == "x86_64" and not capabilities["avx2"]:
         raise EngineStartError("this processor has no AVX2; allowed: x86-64 with AVX2 or more, such as AVX-512 or AMX")
+    for lane in backbones:
+        _check_threads(settings, lane)
     left = memory_left()
     needed = int(SERVER_GIB * _GIB) + sum(
         memory_needed(settings, backbone, lane) for lane, backbone in backbones.items()
@@ -65,6 +72,18 @@ def memory_needed(settings: Settings, backbone: Path, lane: Lane) -> int:
     if dtype == "float32" and config.get("dtype", config.get("torch_dtype")) != "float32":
         stored *= 2
     return settings.data_parallel_size * (stored + int((_kv_cache_gib(settings) + ENGINE_GIB[lane]) * _GIB))
+
+
+def _check_threads(settings: Settings, lane: Lane) -> None:
+    setting = setting_for(settings, lane)
+    binding = getattr(settings, setting) if setting else os.environ.get(BIND)
+    if not binding:
+        return
+    try:
+        check_cores(binding, ranks_of(settings, lane), os.sched_getaffinity(0))
+    except ValueError as error:
+        engine = "images" if lane is Lane.IMAGES else "texts"
+        raise EngineStartError(f"{setting or BIND}, for the engine of {engine}: {error}") from None
 
 
 def _kv_cache_gib(settings: Settings) -> float:

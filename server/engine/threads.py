@@ -6,14 +6,63 @@ ranks.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from mtlora.control_group import cpu_cores
+from server.job import Lane
+from server.settings import Settings
 
 BIND = "VLLM_CPU_OMP_THREADS_BIND"
 UNBOUND = "nobind"
+# vLLM divides the cores by itself.
+_AUTO = "auto"
+_CORES = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
+
+
+def ranks_of(settings: Settings, lane: Lane) -> int:
+    """Workers of all engines of a lane."""
+    if lane is Lane.IMAGES:
+        return settings.vision_data_parallel_size
+    return settings.engine_ranks * settings.data_parallel_size
+
+
+def setting_for(settings: Settings, lane: Lane) -> str | None:
+    """The setting that places the threads of a lane's engines, if one does."""
+    names = ("vision_omp_threads_bind", "omp_threads_bind") if lane is Lane.IMAGES else ("omp_threads_bind",)
+    return next((name for name in names if getattr(settings, name)), None)
+
+
+def check_cores(binding: str, ranks: int, usable: Collection[int]) -> None:
+    """Check a setting or variable that places threads, like "0-3,8" or, by rank, "0|1".
+
+    usable: cores that this process may use. Raises ValueError.
+    """
+    if binding in (UNBOUND, _AUTO):
+        return
+    groups = binding.split("|")
+    wanted = set[int]()
+    for group in groups:
+        for part in group.split(","):
+            match = _CORES.fullmatch(part.strip())
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if first > last:
+                raise ValueError(f"found {part!r} in {binding!r}; allowed: cores such as 0-3,8 or, by rank, 0|1")
+            wanted.update(range(first, last + 1))
+    if len(groups) != ranks:
+        allowed = f"{ranks}, one for each rank, with | between"
+        raise ValueError(f"groups of cores in {binding!r}: found {len(groups)}; allowed: {allowed}")
+    if missing := sorted(wanted.difference(usable)):
+        raise ValueError(f"found core {missing[0]}; allowed: those of this process, {_ranges(sorted(usable))}")
+
+
+def _ranges(cores: Sequence[int]) -> str:
+    """Ascending cores as a binding, such as "0-3,8"."""
+    starts = [core for core in cores if core - 1 not in cores]
+    ends = [core for core in cores if core + 1 not in cores]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def thread_environment(

@@ -11,6 +11,7 @@ import pytest
 from mtlora import control_group
 from server.app import App, StartError
 from server.engine import EngineStartError, check_machine, preflight
+from server.engine.threads import BIND
 from server.job import Lane
 from server.registry.spool import Spool, SpoolError
 from server.settings import Settings
@@ -51,6 +52,20 @@ def test_images_need_room_for_the_largest_that_is_decoded(monkeypatch: pytest.Mo
         check_machine(settings, {Lane.IMAGES: backbone})
     machine(monkeypatch, 5 * GIB)
     check_machine(settings, {Lane.IMAGES: backbone})
+
+
+def test_threads_have_cores_that_are_there(monkeypatch: pytest.MonkeyPatch, backbone: Path) -> None:
+    machine(monkeypatch)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.delenv(BIND, raising=False)
+    both = {Lane.TEXT: backbone, Lane.IMAGES: backbone}
+    settings = Settings(allow_no_tasks=True, vision_backbone="vision", omp_threads_bind="0|1", tensor_parallel_size=2)
+    with pytest.raises(EngineStartError, match="omp_threads_bind, for the engine of images: groups of cores"):
+        check_machine(settings, both)
+    check_machine(settings.model_copy(update={"vision_omp_threads_bind": "0-1"}), both)
+    monkeypatch.setenv(BIND, "0-7")
+    with pytest.raises(EngineStartError, match=f"{BIND}, for the engine of texts: found core 2; .*, 0-1"):
+        check_machine(Settings(allow_no_tasks=True), {Lane.TEXT: backbone})
 
 
 @pytest.mark.parametrize(

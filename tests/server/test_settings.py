@@ -12,7 +12,6 @@ import pytest
 from server import cli
 from server.app import app
 from server.cli import serve
-from server.engine import threads
 from server.job import Lane
 from server.settings import Settings, SettingsError, flag_of, load_settings
 
@@ -177,30 +176,3 @@ def test_an_empty_flag_is_wrong_where_an_empty_variable_is_not_set(
     assert load_settings({"adapters": tmp_path}).host == "127.0.0.1"
     assert cli.main(["--adapters", str(tmp_path), "--host", ""]) == 2
     assert "host: found '' (flag --host)" in capsys.readouterr().err
-
-
-def test_threads_follow_the_setting_then_the_environment_then_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
-    monkeypatch.setattr(threads, "quota_cores", lambda: None)
-    assert threads.thread_environment("7", {threads.BIND: "1"}, 1) == {threads.BIND: "7"}
-    assert threads.thread_environment(None, {threads.BIND: "1"}, 1) == {}
-    assert threads.thread_environment(None, {}, 1) == {threads.BIND: "0,1,2,3,4"}
-    assert threads.thread_environment(None, {}, 2) == {threads.BIND: "0,1|2,3,4"}
-    assert threads.thread_environment(None, {}, 6) == {threads.BIND: "0|1|2|3|4|0"}
-    assert threads.thread_environment(None, {}, 2, from_last=True) == {threads.BIND: "1,0|4,3,2"}
-    assert threads.thread_environment(None, {}, 2, bound=False) == {threads.BIND: "nobind", "OMP_NUM_THREADS": "2"}
-    assert threads.thread_environment("0|1", {}, 2, bound=False) == {threads.BIND: "0|1"}
-
-
-def test_a_quota_of_fewer_cores_limits_threads_without_binding_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
-    monkeypatch.setattr(threads, "quota_cores", lambda: 8)
-    assert threads.thread_environment(None, {}, 2) == {threads.BIND: "nobind", "OMP_NUM_THREADS": "4"}
-
-
-@pytest.mark.parametrize(
-    ("text", "cores"), [("max 100000", None), ("150000 100000", 1), ("400000 100000", 4), ("?", None)]
-)
-def test_quota_is_read_from_the_control_group(tmp_path: Path, text: str, cores: int | None) -> None:
-    (tmp_path / "cpu.max").write_text(text)
-    assert threads.quota_cores(tmp_path) == cores
