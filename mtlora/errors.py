@@ -26,9 +26,10 @@ def describe(error: "ValidationError") -> str:
     parts = []
     for item in error.errors(include_url=False)[:3]:
         where = ".".join(str(part) for part in item["loc"])
-        # Omit large values: pydantic gives the whole object for a missing field or a rule about several fields, and the
-        # whole text for invalid JSON.
-        found = "" if isinstance(item["input"], dict | bytes) else f" (found {reprlib.repr(item['input'])})"
+        # Omit large values: pydantic gives the whole object (of a dataclass, its arguments) for a missing field or a
+        # rule about several fields, and the whole text for invalid JSON.
+        omitted = isinstance(item["input"], dict | bytes) or type(item["input"]).__name__ == "ArgsKwargs"
+        found = "" if omitted else f" (found {reprlib.repr(item['input'])})"
         parts.append((f"{where}: " if where else "") + item["msg"].removeprefix("Value error, ") + found)
     more = error.error_count() - len(parts)
     return "; ".join(parts) + (f"; and {more} more" if more > 0 else "")

@@ -7,6 +7,9 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from mtlora.errors import describe
 from mtlora.prompt import PromptEncoder
 from mtlora.vllm_plugin.naming import ACTIVATION_KEY
 from server.engine import translation
@@ -95,6 +98,9 @@ class BaseEngine:
             cores = self._llm.engine_core.resources.engine_manager.processes
             self._sentinels = [core.sentinel for core in cores]
             self._processes = EngineProcesses.below(core.pid for core in cores)
+        except ValidationError as error:
+            # vLLM refuses a setting.
+            raise EngineStartError(f"the engine did not start: {describe(error)}") from error
         except Exception as error:
             logger.error("the engine did not start", exc_info=True)
             raise EngineStartError(f"the engine did not start: {error}") from error

@@ -1,6 +1,7 @@
 """Settings that vLLM refuses, and parameters that it takes."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,14 +16,21 @@ from server.settings import load_settings
 from tests.engine._models import make_model
 
 
-def test_an_engine_that_does_not_start_says_why(tmp_path: Path) -> None:
-    settings = load_settings({"adapters": tmp_path, "max_model_len": 1_000_000, "enforce_eager": False})
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"max_model_len": 1_000_000, "enforce_eager": False}, "User-specified max_model_len .+"),
+        ({"max_model_len": 128, "tensor_parallel_size": 3}, "Total number of attention heads .+ divisible by .+"),
+    ],
+)
+def test_an_engine_that_does_not_start_says_why_in_one_line(
+    tmp_path: Path, setting: dict[str, Any], message: str
+) -> None:
+    settings = load_settings({"adapters": tmp_path, **setting})
     engine = Engine(settings, make_model(tmp_path / "model", "llama"), on_stats=lambda _: None)
-    with (
-        mock.patch.dict(os.environ),
-        pytest.raises(EngineStartError, match=r"(?s)the engine did not start.*max_model_len"),
-    ):
+    with mock.patch.dict(os.environ), pytest.raises(EngineStartError) as failure:
         engine.start()
+    assert re.fullmatch("the engine did not start: " + message, str(failure.value))
 
 
 @pytest.mark.parametrize("own", [None, "0-3"])
