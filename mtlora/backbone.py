@@ -102,8 +102,21 @@ def identify(folder: Path) -> BackboneIdentity:
         raise BackboneError(f"{folder}: not a readable backbone ({type(error).__name__}: {error})") from error
 
 
+def check_language(folder: Path) -> None:
+    """Raise BackboneError for a folder of a vision backbone."""
+    from mtlora.vision.families import is_vision
+
+    try:
+        found = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise BackboneError(f"{folder}: no readable config.json ({type(error).__name__}: {error})") from error
+    if is_vision(found):
+        raise BackboneError(f"{folder}: model_type: found {found!r}; allowed for texts: a causal language model")
+
+
 def vocabulary(folder: Path) -> int:
-    """The vocabulary size in a backbone's config. Raises BackboneError if the config has none."""
+    """The vocabulary size in a language backbone's config. Raises BackboneError if the config has none."""
+    check_language(folder)
     try:
         return int(json.loads((folder / "config.json").read_text())["vocab_size"])
     except (OSError, ValueError, LookupError, TypeError) as error:

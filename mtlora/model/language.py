@@ -14,14 +14,19 @@ import torch
 from torch import nn
 
 from mtlora.adapter import AdapterSet, Attachment
-from mtlora.backbone import BackboneIdentity, identify
+from mtlora.backbone import BackboneIdentity, check_language, identify
 from mtlora.checkpoint.format import Checkpoint
 from mtlora.config import MtLoRAConfig
+from mtlora.errors import BackboneError
 from mtlora.methods import BaselineConfig, attach_baseline
 from mtlora.prompt import PromptEncoder
 
 if TYPE_CHECKING:
     from mtlora.model.soft_tokens import ImageReader
+
+
+# Most characters of a message by transformers, which may list all its models.
+_REASON_CHARS = 300
 
 
 @dataclass(frozen=True)
@@ -125,24 +130,33 @@ class AdaptedModel:
 
 
 def load_backbone(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(frozen model in evaluation mode, tokenizer) of a backbone folder."""
+    """(frozen model in evaluation mode, tokenizer) of a backbone folder. Raises BackboneError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    check_language(folder)
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except MemoryError:
+        raise
+    # transformers raises errors of many kinds for wrong folders.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_REASON_CHARS]
+        raise BackboneError(f"{folder}: no usable language backbone ({type(error).__name__}: {reason})") from error
     model.eval().requires_grad_(False)
-    return model, AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer
 
 
 def new_adapted_model(
     folder: Path, config: MtLoRAConfig | BaselineConfig, num_tasks: int, dtype: torch.dtype
 ) -> AdaptedModel:
     """A backbone with a new adapter or baseline: B and biases are zero, A and routers random by torch's generator."""
+    backbone = identify(folder)
     model, tokenizer = load_backbone(folder, dtype)
     if not isinstance(config, MtLoRAConfig):
-        return AdaptedModel(model, tokenizer, attach_baseline(config, model), identify(folder))
-    backbone = identify(folder)
+        return AdaptedModel(model, tokenizer, attach_baseline(config, model), backbone)
     adapters = AdapterSet(config, backbone.hidden_size, backbone.num_layers, num_tasks)
     adapters.attach(model)
     return AdaptedModel(model, tokenizer, adapters, backbone)

@@ -391,4 +391,5 @@ def _turns(settings: Settings) -> dict[Lane, Turns]:
 def _print_error(error: Exception) -> None:
     # Print after the log is written, because the message may refer to its lines.
     if finish_logging():
-        print(f"mtlora-server: {error}", file=sys.stderr, flush=True)
+        # Errors of libraries may have several lines.
+        print("mtlora-server:", " ".join(str(error).split()), file=sys.stderr, flush=True)
