@@ -22,7 +22,7 @@ class WorkerStatistics:
         return statistics(manager, get_tensor_model_parallel_rank())
 
 
-def statistics(manager: MtLoRAWorkerManager, tensor_parallel_rank: int = 0) -> dict[str, Any]:
+def statistics(manager: MtLoRAWorkerManager, tensor_parallel_rank: int) -> dict[str, Any]:
     """Slots and weights now, counts since the start, and the sampled routing by adapter version.
 
     Tensor-parallel ranks sample the same rows, so only the first shows them: all ranks' sums can be added.
