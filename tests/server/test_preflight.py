@@ -38,6 +38,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, limit: int | None = None, **found: 
         is_unspecified=lambda: found.get("unspecified", False), is_cpu=lambda: not found.get("gpu", False)
     )
     monkeypatch.setattr(vllm.platforms, "current_platform", platform)
+    # The tests' own engines may have one.
+    monkeypatch.delenv(BIND, raising=False)
     capabilities = {**AVX2, "architecture": found.get("architecture", "x86_64"), "avx2": found.get("avx2", True)}
     capabilities["avx512_bf16"] = found.get("bfloat16", True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
@@ -57,7 +59,6 @@ def test_images_need_room_for_the_largest_that_is_decoded(monkeypatch: pytest.Mo
 def test_threads_have_cores_that_are_there(monkeypatch: pytest.MonkeyPatch, backbone: Path) -> None:
     machine(monkeypatch)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.delenv(BIND, raising=False)
     both = {Lane.TEXT: backbone, Lane.IMAGES: backbone}
     settings = Settings(allow_no_tasks=True, vision_backbone="vision", omp_threads_bind="0|1", tensor_parallel_size=2)
     with pytest.raises(EngineStartError, match="omp_threads_bind, for the engine of images: groups of cores"):
