@@ -91,12 +91,19 @@ def test_notices_one_of_two_engines_that_hangs_while_the_other_answers(tmp_path:
         engines = [p for p in psutil.Process(server.process.pid).children(recursive=True) if "EngineCore" in p.name()]
         assert len(engines) == 2
         engines[0].suspend()
+
+        def ask(_: int) -> bool:
+            with contextlib.suppress(ServerError):
+                return client.generate("open", "Once upon a time", timeout=4).text == before
+            return False
+
         until = time.monotonic() + 60
         answered = 0
-        while client.is_serving("mtlora.v1.Inference"):
-            assert time.monotonic() < until
-            with contextlib.suppress(ServerError):
-                answered += client.generate("open", "Once upon a time", timeout=1).text == before
+        with ThreadPoolExecutor(4) as pool:
+            while client.is_serving("mtlora.v1.Inference"):
+                assert time.monotonic() < until
+                # Some go to either engine, and a slow machine has time for those that are answered.
+                answered += sum(pool.map(ask, range(4)))
         assert answered, "the engine that runs goes on answering until then"
         client.wait_ready(300)
         assert client.generate("open", "Once upon a time").text == before
