@@ -15,7 +15,7 @@ from mtlora.vllm_cpu.memory import memory_environment
 from mtlora.vllm_plugin.seams import available, require
 from server.engine import orphans
 from server.engine.stats import EngineStats, stat_logger
-from server.engine.threads import BIND, UNBOUND, ranks_of, setting_for, thread_environment
+from server.engine.threads import BIND, UNBOUND, binding_setting, ranks_of, thread_environment
 from server.job import MAX_SCORED_TOKENS, Lane
 from server.settings import Settings
 from server.telemetry.logs import get_logger
@@ -179,7 +179,7 @@ def engine_environment(settings: Settings, lane: Lane) -> dict[str, str]:
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
     wanted = {} if settings.log_level == "debug" else {k: os.environ.get(k, v) for k, v in quiet.items()}
     sharing, images = _engines_share_cores(settings), lane is Lane.IMAGES
-    setting, ranks = setting_for(settings, lane), ranks_of(settings, lane)
+    setting, ranks = binding_setting(settings, lane), ranks_of(settings, lane)
     bind = getattr(settings, setting) if setting else None
     return {
         **wanted,
@@ -206,7 +206,7 @@ def engine_environment(settings: Settings, lane: Lane) -> dict[str, str]:
 def _engines_share_cores(settings: Settings) -> bool:
     """Whether two engines would use the same cores, and no setting places their threads."""
     both = settings.language_backbone is not None and settings.vision_backbone is not None
-    single = settings.engine_ranks * settings.data_parallel_size == settings.vision_data_parallel_size == 1
+    single = all(ranks_of(settings, lane) == 1 for lane in Lane)
     placed = settings.omp_threads_bind or settings.vision_omp_threads_bind or BIND in os.environ
     return both and single and not placed
 

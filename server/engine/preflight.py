@@ -8,7 +8,7 @@ from pathlib import Path
 from mtlora.control_group import memory_left
 from server.engine.engine import EngineStartError
 from server.engine.launch import CPU_KV_CACHE_GIB, VISION_CACHE_BYTES
-from server.engine.threads import BIND, check_cores, ranks_of, setting_for
+from server.engine.threads import BIND, binding_setting, check_cores, ranks_of
 from server.job import Lane
 from server.settings import Settings
 
@@ -23,10 +23,7 @@ DECODED_BYTES = 12
 
 
 def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
-    """Raise EngineStartError if this machine cannot run this build of the engine.
-
-    Also if it lacks cores that the settings name, or its memory limit is too small.
-    """
+    """Check the engine's build, the cores that the settings name, and memory. Raises EngineStartError."""
     import torch
     from vllm.platforms import current_platform
 
@@ -75,7 +72,7 @@ def memory_needed(settings: Settings, backbone: Path, lane: Lane) -> int:
 
 
 def _check_threads(settings: Settings, lane: Lane) -> None:
-    setting = setting_for(settings, lane)
+    setting = binding_setting(settings, lane)
     binding = getattr(settings, setting) if setting else os.environ.get(BIND)
     if not binding:
         return

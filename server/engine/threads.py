@@ -29,7 +29,7 @@ def ranks_of(settings: Settings, lane: Lane) -> int:
     return settings.engine_ranks * settings.data_parallel_size
 
 
-def setting_for(settings: Settings, lane: Lane) -> str | None:
+def binding_setting(settings: Settings, lane: Lane) -> str | None:
     """The setting that places the threads of a lane's engines, if one does."""
     names = ("vision_omp_threads_bind", "omp_threads_bind") if lane is Lane.IMAGES else ("omp_threads_bind",)
     return next((name for name in names if getattr(settings, name)), None)

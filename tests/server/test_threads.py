@@ -85,7 +85,7 @@ def test_each_lane_has_its_setting_and_its_ranks(tmp_path: Path) -> None:
         return load_settings({"adapters": tmp_path, "vision_backbone": "vision", **given})
 
     one = settings(omp_threads_bind="0", tensor_parallel_size=2, data_parallel_size=3, vision_data_parallel_size=4)
-    assert [threads.setting_for(one, lane) for lane in Lane] == ["omp_threads_bind", "omp_threads_bind"]
+    assert [threads.binding_setting(one, lane) for lane in Lane] == ["omp_threads_bind", "omp_threads_bind"]
     assert [threads.ranks_of(one, lane) for lane in Lane] == [6, 4]
     own = settings(vision_omp_threads_bind="1")
-    assert [threads.setting_for(own, lane) for lane in Lane] == [None, "vision_omp_threads_bind"]
+    assert [threads.binding_setting(own, lane) for lane in Lane] == [None, "vision_omp_threads_bind"]
