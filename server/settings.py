@@ -112,7 +112,10 @@ class Settings(BaseSettings):
     max_num_seqs: int = Field(64, ge=1, description="sequences in one step of one engine")
     max_num_batched_tokens: int | None = Field(None, ge=1, description="tokens in one step; unset: the engine's choice")
     kv_cache_gib: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="GiB of KV cache; unset: 1 on CPU, gpu_memory_utilization on GPU"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="GiB of KV cache of each rank; unset: 1 on CPU, gpu_memory_utilization on GPU",
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of GPU memory, if kv_cache_gib is unset")
     enforce_eager: bool | None = Field(None, description="do not compile; unset: true on CPU, false on GPU")

@@ -15,7 +15,7 @@ from mtlora.vllm_cpu.memory import memory_environment
 from mtlora.vllm_plugin.seams import available, require
 from server.engine import orphans
 from server.engine.stats import EngineStats, stat_logger
-from server.engine.threads import BIND, UNBOUND, binding_setting, ranks_of, thread_environment
+from server.engine.threads import BIND, UNBOUND, binding_setting, engines_of, ranks_of, thread_environment
 from server.job import MAX_SCORED_TOKENS, Lane
 from server.settings import Settings
 from server.telemetry.logs import get_logger
@@ -124,7 +124,7 @@ def _engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         "max_logprobs": MAX_SCORED_TOKENS,
         # Text tasks may then take images, as soft tokens in their prompts.
         "enable_prompt_embeds": settings.vision_backbone is not None and available("soft tokens"),
-        **_both(settings, settings.max_num_seqs, settings.data_parallel_size, settings.engine_ranks),
+        **_both(settings, Lane.TEXT, settings.max_num_seqs),
     }
 
 
@@ -143,12 +143,12 @@ def _vision_engine_args(settings: Settings, backbone: Path) -> dict[str, Any]:
         "dtype": vision_dtype(settings.vision_dtype, backbone),
         "gpu_memory_utilization": settings.vision_gpu_memory_utilization,
         "kv_cache_memory_bytes": VISION_CACHE_BYTES,
-        **_both(settings, settings.vision_max_num_seqs, settings.vision_data_parallel_size, ranks=1),
+        **_both(settings, Lane.IMAGES, settings.vision_max_num_seqs),
     }
 
 
-def _both(settings: Settings, max_num_seqs: int, engines: int, ranks: int) -> dict[str, Any]:
-    """Arguments that both kinds of engine share. engines: those of the backbone, of `ranks` ranks each."""
+def _both(settings: Settings, lane: Lane, max_num_seqs: int) -> dict[str, Any]:
+    """Arguments that both kinds of engine share."""
     from vllm.platforms import current_platform
 
     from mtlora.vllm_plugin import engine_overrides
@@ -157,8 +157,8 @@ def _both(settings: Settings, max_num_seqs: int, engines: int, ranks: int) -> di
     return {
         "enforce_eager": current_platform.is_cpu() if settings.enforce_eager is None else settings.enforce_eager,
         "seed": settings.seed,
-        "data_parallel_size": engines,
-        "distributed_executor_backend": _executor(settings, engines, ranks),
+        "data_parallel_size": engines_of(settings, lane),
+        "distributed_executor_backend": _executor(settings, lane),
         "use_tqdm_on_load": False,
         **engine_overrides(
             max_num_seqs,
@@ -211,18 +211,27 @@ def _engines_share_cores(settings: Settings) -> bool:
     return both and single and not placed
 
 
-def _executor(settings: Settings, engines: int, ranks: int) -> str | type | None:
-    """The executor of a backbone's engines, of `ranks` ranks each; None leaves the choice to vLLM.
+def ranks_have_processes(settings: Settings, lane: Lane) -> bool:
+    """Whether the ranks of a lane on a CPU run beside their engines in processes of their own.
 
-    Unless the settings name one, a single rank on a CPU runs in its engine's own process. vLLM would start a second
-    process to place its threads, and both processes would poll for messages on the cores that the model needs. Passing
-    the class prevents that; vLLM overrides the name "uni" (vllm/platforms/cpu.py). If there are several engines whose
-    threads are bound, vLLM places them.
+    Unless the settings name an executor, a single rank runs in its engine's own process. vLLM would start a second
+    process to place its threads, and both processes would poll for messages on the cores that the model needs. If there
+    are several engines whose threads are bound, vLLM places them.
+    """
+    engines = engines_of(settings, lane)
+    binding = engine_environment(settings, lane).get(BIND, os.environ.get(BIND))
+    placed = engines > 1 and binding != UNBOUND
+    return settings.distributed_executor_backend is not None or ranks_of(settings, lane) > engines or placed
+
+
+def _executor(settings: Settings, lane: Lane) -> str | type | None:
+    """The executor of a lane's engines; None leaves the choice to vLLM.
+
+    Passing the class keeps a rank in its engine's process; vLLM overrides the name "uni" (vllm/platforms/cpu.py).
     """
     from vllm.platforms import current_platform
 
-    placed = engines > 1 and os.environ[BIND] != UNBOUND
-    if settings.distributed_executor_backend or not current_platform.is_cpu() or ranks > 1 or placed:
+    if not current_platform.is_cpu() or ranks_have_processes(settings, lane):
         return settings.distributed_executor_backend
     if not available("one process an engine on CPUs"):
         return None

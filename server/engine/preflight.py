@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mtlora.control_group import memory_left
 from server.engine.engine import EngineStartError
-from server.engine.launch import CPU_KV_CACHE_GIB, VISION_CACHE_BYTES
-from server.engine.threads import BIND, binding_setting, check_cores, ranks_of
+from server.engine.launch import CPU_KV_CACHE_GIB, VISION_CACHE_BYTES, ranks_have_processes
+from server.engine.threads import BIND, binding_setting, check_cores, engines_of, ranks_of
 from server.job import Lane
 from server.settings import Settings
 
@@ -18,6 +18,8 @@ _GIB = 1 << 30
 # up: server and verifier 0.79; text engine 2.09 minus 1.25 of weights and cache; image engine 0.64 minus 0.14.
 SERVER_GIB = 0.8
 ENGINE_GIB = {Lane.TEXT: 0.9, Lane.IMAGES: 0.6}
+# Where ranks have own processes: engine 0.57; rank 1.95 minus 1.27. vLLM's coordinator of several engines 0.37.
+APART_GIB, RANK_GIB, COORDINATOR_GIB = 0.6, 0.7, 0.4
 # Most bytes per pixel while decoding: a grey PNG with alpha of 25 megapixels took 287 MB.
 DECODED_BYTES = 12
 
@@ -60,15 +62,27 @@ def memory_needed(settings: Settings, backbone: Path, lane: Lane) -> int:
     from mtlora.vllm_cpu.precision import engine_dtype
 
     stored = sum(file.stat().st_size for file in backbone.glob("*.safetensors"))
+    engines, ranks = engines_of(settings, lane), ranks_of(settings, lane)
     if lane is Lane.IMAGES:
         # A vision backbone's weights keep their dtype.
-        return settings.vision_data_parallel_size * (stored + VISION_CACHE_BYTES + int(ENGINE_GIB[lane] * _GIB))
-    dtype = engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None)
-    config = json.loads((backbone / "config.json").read_text())
-    # Two-byte weights are converted to four bytes.
-    if dtype == "float32" and config.get("dtype", config.get("torch_dtype")) != "float32":
-        stored *= 2
-    return settings.data_parallel_size * (stored + int((_kv_cache_gib(settings) + ENGINE_GIB[lane]) * _GIB))
+        cache = VISION_CACHE_BYTES
+    else:
+        dtype = engine_dtype(settings.dtype, backbone, quantised=settings.quantization is not None)
+        config = json.loads((backbone / "config.json").read_text())
+        # Two-byte weights are converted to four bytes.
+        if dtype == "float32" and config.get("dtype", config.get("torch_dtype")) != "float32":
+            stored *= 2
+        cache = int(_kv_cache_gib(settings) * _GIB)
+    return engines * stored + ranks * cache + int(_processes_gib(settings, lane) * _GIB)
+
+
+def _processes_gib(settings: Settings, lane: Lane) -> float:
+    """GiB of a lane's processes besides weights and KV cache."""
+    engines = engines_of(settings, lane)
+    coordinator = COORDINATOR_GIB if engines > 1 else 0.0
+    if ranks_have_processes(settings, lane):
+        return coordinator + engines * APART_GIB + ranks_of(settings, lane) * RANK_GIB
+    return coordinator + engines * ENGINE_GIB[lane]
 
 
 def _check_threads(settings: Settings, lane: Lane) -> None:

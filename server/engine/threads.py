@@ -22,11 +22,14 @@ _AUTO = "auto"
 _CORES = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?", re.ASCII)
 
 
+def engines_of(settings: Settings, lane: Lane) -> int:
+    """Engines of a lane."""
+    return settings.vision_data_parallel_size if lane is Lane.IMAGES else settings.data_parallel_size
+
+
 def ranks_of(settings: Settings, lane: Lane) -> int:
     """Workers of all engines of a lane."""
-    if lane is Lane.IMAGES:
-        return settings.vision_data_parallel_size
-    return settings.engine_ranks * settings.data_parallel_size
+    return engines_of(settings, lane) * (1 if lane is Lane.IMAGES else settings.engine_ranks)
 
 
 def binding_setting(settings: Settings, lane: Lane) -> str | None:

@@ -75,7 +75,12 @@ def test_threads_have_cores_that_are_there(monkeypatch: pytest.MonkeyPatch, back
         # The server; then weights, KV cache and process of each engine.
         (3 * GIB, {}, 0.8 + 0.5 + 1 + 0.9),
         (4 * GIB, {"kv_cache_gib": 2}, 0.8 + 0.5 + 2 + 0.9),
-        (10 * GIB, {"data_parallel_size": 4, "kv_cache_gib": 1.5}, 0.8 + 4 * (0.5 + 1.5 + 0.9)),
+        # A rank beside its engine: one more process. Every rank has a cache.
+        (3 * GIB, {"distributed_executor_backend": "mp"}, 0.8 + 0.5 + 1 + 0.6 + 0.7),
+        (8 * GIB, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 0.8 + 0.5 + 4 * (1 + 0.7) + 0.6),
+        # Several engines, one rank each: its process, unless threads are not bound; and a coordinator.
+        (10 * GIB, {"data_parallel_size": 4, "kv_cache_gib": 1.5}, 0.8 + 4 * (0.5 + 1.5 + 0.6 + 0.7) + 0.4),
+        (10 * GIB, {"data_parallel_size": 4, "omp_threads_bind": "nobind"}, 0.8 + 4 * (0.5 + 1 + 0.9) + 0.4),
     ],
 )
 def test_a_limit_below_what_the_backbone_needs(
@@ -104,7 +109,7 @@ def test_images_need_no_kv_cache_of_texts(monkeypatch: pytest.MonkeyPatch, backb
     check_machine(settings, images)
     # Two engines with the vision backbone.
     two = Settings(allow_no_tasks=True, backbone="none", vision_backbone="vision", vision_data_parallel_size=2)
-    with pytest.raises(EngineStartError, match=r"need 2\.60; allowed"):
+    with pytest.raises(EngineStartError, match=r"need 3\.00; allowed"):
         check_machine(two, images)
     # Beside texts: the sum.
     both = Settings(allow_no_tasks=True, vision_backbone="vision")
