@@ -58,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         gigabytes = engine.size(tag) / 1e9
         components = write_bill(engine, tag, options.out / f"sbom-{options.device}.cdx.json")
     except EngineError as error:
-        print(f"image: {error}")
+        pulled = options.base is None and not shutil.which("mmdebstrap")
+        hint = f"; if {PULLED_BASE} cannot be pulled: install mmdebstrap, or give BASE=IMAGE" if pulled else ""
+        print(f"image: {error}{hint}")
         return 2
     largest = LARGEST_GB[options.device]
     found[f"at most {largest} GB"] = "" if gigabytes <= largest else f"{gigabytes:.2f} GB"

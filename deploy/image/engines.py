@@ -120,10 +120,14 @@ def limits() -> list[str]:
     return options
 
 
+def needs_runc() -> bool:
+    """Whether control groups are hybrid, which crun refuses."""
+    return Path("/sys/fs/cgroup/unified").exists()
+
+
 def podman() -> list[str]:
-    """Podman's command: with runc where control groups are hybrid, which crun refuses."""
-    hybrid = Path("/sys/fs/cgroup/unified").exists() and shutil.which("runc")
-    return ["podman", "--runtime", "runc"] if hybrid else ["podman"]
+    """Podman's command, with runc where it is needed."""
+    return ["podman", "--runtime", "runc"] if needs_runc() and shutil.which("runc") else ["podman"]
 
 
 def find(name: str | None) -> Engine:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.image.engines import Engine
+from deploy.image.engines import Engine, needs_runc
 from deploy.pod.checks import Checks
 from deploy.pod.pod import Pod, PodError
 from server.cli.process import exit_on_sigterm
@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--throughput", action="store_true", help="a thirteenth check: compare with a server outside; minutes"
     )
     options = parser.parse_args(argv)
-    missing = [tool for tool in ("podman", "kustomize", "openssl") if not shutil.which(tool)]
+    tools = ("podman", "kustomize", "openssl", *(["runc"] if needs_runc() else []))
+    missing = [tool for tool in tools if not shutil.which(tool)]
     if missing:
         print(
             f"pod: {', '.join(missing)} not installed (Debian: apt-get install podman runc netavark aardvark-dns "

@@ -144,6 +144,29 @@ def test_an_engine_that_is_not_there_is_named(
     assert "podman: not installed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("tool", "options", "said"),
+    [(None, [], True), ("/usr/bin/mmdebstrap", [], False), (None, ["--base", "python"], False)],
+)
+def test_a_base_that_cannot_be_pulled_has_another_way(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tool: str | None,
+    options: list[str],
+    said: bool,
+) -> None:
+    def fails(*_: object, **__: object) -> str:
+        raise engines.EngineError("no such host")
+
+    monkeypatch.setattr(command.shutil, "which", lambda name: tool)
+    monkeypatch.setattr(command, "find", lambda name: engines.Engine("podman"))
+    monkeypatch.setattr(command, "build", fails)
+    assert command.main(options) == 2
+    printed = capsys.readouterr().out
+    assert printed.startswith("image: no such host")
+    assert ("cannot be pulled: install mmdebstrap, or give BASE=IMAGE" in printed) == said
+
+
 @pytest.mark.parametrize("prefix", ["/usr", "/opt/python"])
 def test_a_base_has_proxies_and_no_package_for_development(
     prefix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -328,10 +328,14 @@ def test_throughput_is_compared_with_a_server_of_the_same_secrets_and_cores(
     }
 
 
-def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("hybrid", "tools"), [(False, ""), (True, ", runc")])
+def test_missing_tools_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], hybrid: bool, tools: str
+) -> None:
     monkeypatch.setattr(command.shutil, "which", lambda name: None)
+    monkeypatch.setattr(command, "needs_runc", lambda: hybrid)
     assert command.main([]) == 2
-    assert "pod: podman, kustomize, openssl not installed (Debian: apt-get install" in capsys.readouterr().out
+    assert f"pod: podman, kustomize, openssl{tools} not installed (Debian: apt-get install" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
