@@ -44,6 +44,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, limit: int | None = None, **found: 
     capabilities["avx512_bf16"] = found.get("bfloat16", True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(preflight, "memory_left", lambda: limit)
+    monkeypatch.setattr("server.engine.threads.quota_cores", lambda: None)
     monkeypatch.setattr("mtlora.vllm_cpu.precision.free_memory", lambda: 64 * GIB)
 
 
