@@ -85,6 +85,8 @@ def _print_plan(trainer: "Trainer") -> None:
     """Print what the run is about to do; of images, how many there are of each task."""
     config, images = trainer.config, trainer.work.images()
     rates = f"learning rate {config.learning_rate:g}"
+    if config.relative_expert_rate is not None:
+        rates += f" (experts: times {config.relative_expert_rate:g} times their block's output)"
     if images:
         rows = [
             (task.id, len(task.labels or ()), *("any" if count is None else count for count in images[task.id]))

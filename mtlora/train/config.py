@@ -67,6 +67,13 @@ class TrainingConfig(BaseModel):
         exclude_if=lambda unreadable: unreadable == "error",
     )
     learning_rate: float = Field(2e-3, gt=0, description="the peak of the schedule")
+    relative_expert_rate: float | None = Field(
+        None,
+        gt=0,
+        description="the rate of a path's experts B is the learning rate times this and times the size of its block's "
+        "output (root mean square), so that a step changes every block's output in proportion; null: the learning rate",
+        exclude_if=lambda rate: rate is None,
+    )
     router_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of routers and task biases")
     head_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of heads (images)")
     projector_learning_rate_scale: float = Field(
@@ -138,6 +145,12 @@ class TrainingConfig(BaseModel):
     def _tasks_not_told_have_no_bias(self) -> "TrainingConfig":
         if self.heads == "all classes" and self.baseline is None and self.adapter.task_bias:
             raise ValueError('heads "all classes": the task is not told, so adapter.task_bias must be false')
+        return self
+
+    @model_validator(mode="after")
+    def _baselines_have_no_paths(self) -> "TrainingConfig":
+        if self.baseline is not None and self.relative_expert_rate is not None:
+            raise ValueError("relative_expert_rate is for the adapter's paths: it cannot be combined with a baseline")
         return self
 
     @model_validator(mode="after")

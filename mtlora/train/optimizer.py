@@ -1,6 +1,7 @@
 """The optimizer and its schedule."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -8,8 +9,13 @@ from torch import nn
 from mtlora.train.config import TrainingConfig
 
 
-def make_optimizer(trained: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that need gradients, in groups whose `scale` is a factor on the learning rate."""
+def make_optimizer(
+    trained: nn.Module, config: TrainingConfig, own_scales: Mapping[nn.Parameter, float]
+) -> torch.optim.Optimizer:
+    """AdamW over the parameters that need gradients, in groups whose `scale` is a factor on the learning rate.
+
+    own_scales: the factors of experts that do not have their group's.
+    """
     # Saved states number the parameters by this order.
     settings = {
         "experts": (1.0, config.weight_decay),
@@ -19,12 +25,16 @@ def make_optimizer(trained: nn.Module, config: TrainingConfig) -> torch.optim.Op
     }
     parameters: dict[str, list[nn.Parameter]] = {group: [] for group in settings}
     for name, parameter in trained.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter not in own_scales:
             parameters[_group(name)].append(parameter)
     groups = [
         {"params": parameters[group], "scale": scale, "weight_decay": decay}
         for group, (scale, decay) in settings.items()
         if parameters[group]
+    ]
+    groups += [
+        {"params": [expert], "scale": scale, "weight_decay": config.weight_decay}
+        for expert, scale in own_scales.items()
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import mtlora
 from mtlora.checkpoint.format import AdapterManifest
 from mtlora.model.baseline import BaselineManifest
+from mtlora.train.block_outputs import block_outputs
 from mtlora.train.config import DivergedError, TrainingConfig
 from mtlora.train.examples import chosen_tasks, load_run_suite
 from mtlora.train.losses import SPECTRAL_LOSSES, balance_loss
@@ -74,7 +76,7 @@ class Trainer:
         if start:
             start.apply(self.work.adapters)
         self.work.move(self.ranks.device)
-        self.optimizer = make_optimizer(self.work.trained, config)
+        self.optimizer = make_optimizer(self.work.trained, config, self._own_scales())
         self.step = 0
         # Of a run that ends with its best state: step and scores of that state, and the state.
         self.best: dict[str, Any] | None = None
@@ -251,6 +253,13 @@ class Trainer:
             "processes": self.ranks.world,
         }
         self.work.write(self.folder.checkpoint, training, self.work.evaluate())
+
+    def _own_scales(self) -> dict[nn.Parameter, float]:
+        """The factor on the learning rate of each path's experts."""
+        relative = self.config.relative_expert_rate
+        if relative is None:
+            return {}
+        return {path.lora_B: relative * output for path, output in block_outputs(self.work, self.ranks).items()}
 
     @property
     def num_parameters(self) -> int:

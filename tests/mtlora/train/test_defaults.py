@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mtlora.cli.settings import read_settings
 from mtlora.suite import load_suite
 from mtlora.suite.base import up_to
 from mtlora.train.config import TrainingConfig
 from mtlora.train.defaults import IMAGES, NEW_FOR_TEXTS, most_shown, training_config
 from tests.mtlora.vision.models import write_model
+
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture
@@ -89,6 +92,14 @@ def test_a_folder_of_images_gets_defaults_of_its_own(photos: Path, vision: Path)
     assert (config.epochs - 1) * batches < 800 <= config.epochs * batches
     assert training_config({"suite": str(photos), "epochs": 3}, suite, vision).epochs == 3
     assert training_config({"suite": str(photos), "max_steps": 2}, suite, vision).epochs == 1
+
+
+def test_the_accurate_recipe_for_images_keeps_the_other_defaults(photos: Path, vision: Path) -> None:
+    settings = read_settings(CONFIGS / "images-accurate.json", [f"suite={photos}"])
+    config = training_config(settings, load_suite(str(photos)), vision)
+    assert (config.adapter.blocks, config.frozen_layers, config.relative_expert_rate) == ("both", 0, 2)
+    assert config.batch_size == IMAGES["batch_size"]
+    assert config.examples_per_task is None
 
 
 def test_generated_images_are_limited_by_default(vision: Path) -> None:

@@ -17,7 +17,7 @@ CONFIG = TrainingConfig(
     adapter=MtLoRAConfig(r=4, num_experts=3, num_groups=2), tasks=("boolean_expressions", "word_sorting"),
     # The last batch has one example, so one process has none.
     examples_per_task=15, validation_per_task=2, batch_size=29, epochs=4, learning_rate=1e-2, balance_weight=1.0,
-    spectral_weight=1.0, dtype="float32", save_every=2, threads=1,
+    spectral_weight=1.0, dtype="float32", save_every=2, threads=1, relative_expert_rate=20.0,
 )  # fmt: skip
 
 
