@@ -19,13 +19,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.harness.adapters import Slot, random_image_tasks, task_slots, write_random_adapter
+from benchmarks.harness.adapters import CONFIG, Slot, random_image_tasks, task_slots, write_random_adapter
 from benchmarks.harness.environment import engine_environment, usable_cores
 from benchmarks.harness.processes import halted
 from benchmarks.harness.worker import WorkerProcess
 from benchmarks.vision.report import Ratio, make_report, print_report
 from benchmarks.vision.serving import TASKS, Served, image_server, photographs, print_front, tensors, text_beside_images
 from mtlora.backbone import identify, packaged, resolve
+from mtlora.config import MtLoRAConfig
 from mtlora.errors import BackboneError
 from server.cli.process import ServerProcess
 
@@ -34,7 +35,7 @@ BATCHES = (1, 4, 16, 64)
 FIELD_BATCH = 16
 # Distinct images that a server is asked about.
 NUM_CONTENTS = 16
-_SLOTS = 100
+_SLOTS = 128
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Case:
 RATIOS = (
     Ratio("25 tasks/bare", "25 tasks", "bare", 0.97, BATCHES),
     Ratio("25 tasks half frozen/bare", "25 tasks half frozen", "bare", 0.97, BATCHES),
+    Ratio("25 tasks both blocks/bare", "25 tasks both blocks", "bare", 0.97, BATCHES),
     Ratio("25 adapters/bare", "25 adapters", "bare", 0.90, BATCHES),
     Ratio("bare/hf", "bare", "hf", 1.0, (FIELD_BATCH,)),
     Ratio("bare/onnx", "bare", "onnx", 1.0, (FIELD_BATCH,)),
@@ -128,10 +130,12 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: st
     identity = identify(folder)
     ids = iter(range(1, 1000))
 
-    def adapter(name: str, tasks: int, seed: int, frozen: Iterable[int] = ()) -> list[Slot]:
+    def adapter(
+        name: str, tasks: int, seed: int, frozen: Iterable[int] = (), config: MtLoRAConfig = CONFIG
+    ) -> list[Slot]:
         """A random adapter's slots."""
         written = random_image_tasks(tasks, size=size)
-        write_random_adapter(temporary / name, identity, written, seed=seed, frozen=frozen)
+        write_random_adapter(temporary / name, identity, written, seed=seed, config=config, frozen=frozen)
         return task_slots(temporary / name, tasks, ids)
 
     def worker(kind: str, **settings: Any) -> WorkerProcess:
@@ -144,13 +148,15 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: st
     one = adapter("one", TASKS, 1)
     # As `mtlora train` makes an adapter of images by default.
     half = adapter("half", TASKS, 2, frozen=range(identity.num_layers // 2))
+    # As configs/images-accurate.json makes one.
+    both = adapter("both", TASKS, 3, config=CONFIG.model_copy(update={"blocks": "both"}))
     several = [slot for i in range(TASKS) for slot in adapter(f"several-{i}", 1, 100 + i)]
     bare, routed = engine(), engine(enable_lora=True, max_loras=_SLOTS, max_cpu_loras=_SLOTS)
     cases = []
     for batch in BATCHES:
         cases.append(Case("bare", bare, batch))
         cases += [Case("25 tasks", routed, batch, one), Case("25 tasks half frozen", routed, batch, half)]
-        cases.append(Case("25 adapters", routed, batch, several))
+        cases += [Case("25 tasks both blocks", routed, batch, both), Case("25 adapters", routed, batch, several)]
     cases.append(Case("hf", worker("transformers"), FIELD_BATCH))
     if onnx and importlib.util.find_spec("onnxruntime"):
         source = packaged("vision")
