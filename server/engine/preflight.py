@@ -50,7 +50,9 @@ def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
     if left is not None and left < needed:
         cache, less = "", ""
         if Lane.TEXT in backbones:
-            cache, less = f", KV cache ({_kv_cache_gib(settings):g} GiB)", ", or a smaller kv_cache_gib"
+            size, ranks = f"{_kv_cache_gib(settings):g} GiB", ranks_of(settings, Lane.TEXT)
+            cache = f", KV cache ({size})" if ranks == 1 else f", {ranks} KV caches ({size} each)"
+            less = ", or a smaller kv_cache_gib"
         raise EngineStartError(
             f"the memory limit of this container is too small: found {left / _GIB:.2f} GiB left; backbones{cache} and "
             f"processes need {needed / _GIB:.2f}; allowed: a higher limit{less}"

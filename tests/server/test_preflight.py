@@ -71,27 +71,35 @@ def test_threads_have_cores_that_are_there(monkeypatch: pytest.MonkeyPatch, back
 
 
 @pytest.mark.parametrize(
-    ("limit", "setting", "needed"),
+    ("limit", "setting", "needed", "caches"),
     [
         # The server; then weights, KV cache and process of each engine.
-        (3 * GIB, {}, 0.8 + 0.5 + 1 + 0.9),
-        (4 * GIB, {"kv_cache_gib": 2}, 0.8 + 0.5 + 2 + 0.9),
+        (3 * GIB, {}, 0.8 + 0.5 + 1 + 0.9, "KV cache (1 GiB)"),
+        (4 * GIB, {"kv_cache_gib": 2}, 0.8 + 0.5 + 2 + 0.9, "KV cache (2 GiB)"),
         # A rank beside its engine: one more process. Every rank has a cache.
-        (3 * GIB, {"distributed_executor_backend": "mp"}, 0.8 + 0.5 + 1 + 0.6 + 0.7),
-        (8 * GIB, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 0.8 + 0.5 + 4 * (1 + 0.7) + 0.6),
+        (3 * GIB, {"distributed_executor_backend": "mp"}, 0.8 + 0.5 + 1 + 0.6 + 0.7, "KV cache (1 GiB)"),
+        (
+            8 * GIB, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+            0.8 + 0.5 + 4 * (1 + 0.7) + 0.6, "4 KV caches (1 GiB each)",
+        ),
         # Several engines, one rank each: its process, unless threads are not bound; and a coordinator.
-        (10 * GIB, {"data_parallel_size": 4, "kv_cache_gib": 1.5}, 0.8 + 4 * (0.5 + 1.5 + 0.6 + 0.7) + 0.4),
-        (10 * GIB, {"data_parallel_size": 4, "omp_threads_bind": "nobind"}, 0.8 + 4 * (0.5 + 1 + 0.9) + 0.4),
+        (
+            10 * GIB, {"data_parallel_size": 4, "kv_cache_gib": 1.5},
+            0.8 + 4 * (0.5 + 1.5 + 0.6 + 0.7) + 0.4, "4 KV caches (1.5 GiB each)",
+        ),
+        (
+            10 * GIB, {"data_parallel_size": 4, "omp_threads_bind": "nobind"},
+            0.8 + 4 * (0.5 + 1 + 0.9) + 0.4, "4 KV caches (1 GiB each)",
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_limit_below_what_the_backbone_needs(
-    monkeypatch: pytest.MonkeyPatch, backbone: Path, limit: int, setting: dict[str, Any], needed: float
+    monkeypatch: pytest.MonkeyPatch, backbone: Path, limit: int, setting: dict[str, Any], needed: float, caches: str
 ) -> None:
     settings = Settings(allow_no_tasks=True, **setting)
     machine(monkeypatch, limit)
-    with pytest.raises(
-        EngineStartError, match=rf"found {limit / GIB:.2f} GiB left; .*need {needed:.2f}; allowed"
-    ) as error:
+    message = rf"found {limit / GIB:.2f} GiB left; backbones, {re.escape(caches)} and processes need {needed:.2f}; "
+    with pytest.raises(EngineStartError, match=message) as error:
         check_machine(settings, {Lane.TEXT: backbone})
     assert "\n" not in str(error.value)
     machine(monkeypatch, int((needed + 0.001) * GIB))
