@@ -130,6 +130,19 @@ def test_frozen_layers_are_passed_once_and_keep_paths_of_zero(backbone: Path, fo
         Trainer(_config(folder, frozen_layers=2), backbone, tmp_path / "other")
 
 
+def test_rates_follow_the_blocks_after_frozen_layers(backbone: Path, folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(_config(folder, frozen_layers=1, relative_expert_rate=2.0), backbone, tmp_path / "run")
+    work = trainer.work
+    outputs: list[torch.Tensor] = []
+    work.adapted.encoder.model.layers[1].mlp.register_forward_hook(lambda _b, _a, out: outputs.append(out))
+    first = torch.stack([work._augmented(i, 0) for i in trainer.batches[0]])  # type: ignore[attr-defined]
+    with torch.no_grad(), work.adapters.context.backbone_alone():
+        work.adapted.encoder.features(first, "cls_mean")
+    expected = outputs[0].double().square().mean(-1).sqrt().log().mean().exp().item()
+    own = [group["scale"] for group in trainer.optimizer.param_groups if group["scale"] != 1.0]
+    assert own == [pytest.approx(2.0 * expected, rel=1e-4)]
+
+
 def test_a_warm_start_takes_paths_and_heads(backbone: Path, folder: Path, tmp_path: Path) -> None:
     first = Trainer(_config(folder), backbone, tmp_path / "first")
     first.fit()
