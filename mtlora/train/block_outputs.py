@@ -15,6 +15,7 @@ from mtlora.families import decoder_layers
 from mtlora.train.modality import Modality
 from mtlora.train.parallel import Ranks
 
+# An output of zero has no logarithm.
 _LEAST = 1e-6
 
 

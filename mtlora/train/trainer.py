@@ -76,7 +76,6 @@ class Trainer:
         if start:
             start.apply(self.work.adapters)
         self.work.move(self.ranks.device)
-        self.optimizer = make_optimizer(self.work.trained, config, self._own_scales())
         self.step = 0
         # Of a run that ends with its best state: step and scores of that state, and the state.
         self.best: dict[str, Any] | None = None
@@ -92,6 +91,7 @@ class Trainer:
             announce(self)
         if not self.ranks.first:
             state = self.folder.read_state()
+        self.optimizer = make_optimizer(self.work.trained, config, self._own_scales())
         if state:
             self._restore(state)
         else:
