@@ -25,7 +25,10 @@ DECODED_BYTES = 12
 
 
 def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
-    """Check the engine's build, the cores that the settings name, and memory. Raises EngineStartError."""
+    """Check the engine's build, pipeline stages, the cores that the settings name, and memory.
+
+    Raises EngineStartError.
+    """
     import torch
     from vllm.platforms import current_platform
 
@@ -35,6 +38,8 @@ def check_machine(settings: Settings, backbones: Mapping[Lane, Path]) -> None:
             "the engine's build is for GPUs, and no GPU or no driver is here; allowed: a node with a GPU, or the build "
             "and the image for CPUs"
         )
+    if Lane.TEXT in backbones:
+        _check_stages(settings, backbones[Lane.TEXT])
     if not current_platform.is_cpu():
         return
     if capabilities["architecture"] == "x86_64" and not capabilities["avx2"]:
@@ -85,6 +90,15 @@ def _processes_gib(settings: Settings, lane: Lane) -> float:
     if ranks_have_processes(settings, lane):
         return coordinator + engines * APART_GIB + ranks_of(settings, lane) * RANK_GIB
     return coordinator + engines * ENGINE_GIB[lane]
+
+
+def _check_stages(settings: Settings, backbone: Path) -> None:
+    """Each stage needs a layer. vLLM says so after it has started a process for each stage."""
+    layers = json.loads((backbone / "config.json").read_text()).get("num_hidden_layers")
+    if layers is not None and settings.pipeline_parallel_size > layers:
+        raise EngineStartError(
+            f"pipeline_parallel_size: found {settings.pipeline_parallel_size}; allowed: 1 to {layers}, the backbone's layers"
+        )
 
 
 def _check_threads(settings: Settings, lane: Lane) -> None:
