@@ -92,7 +92,7 @@ class Reader:
     def serve(self, flags: list[str]) -> str:
         settings = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
         settings["adapters"] = str(self.folder / settings["adapters"])
-        self.server = ServerProcess(**{"backbone": self.backbone} | settings).__enter__()
+        self.server = ServerProcess(**{"backbone": self.backbone, "kv_cache_gib": 0.25} | settings).__enter__()
         self.environment["MTLORA_ADDRESS"] = self.server.address
         return f"serving on {self.server.address}, metrics on {self.server.metrics}, {self.server.num_tasks} tasks"
 

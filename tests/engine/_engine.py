@@ -45,6 +45,8 @@ def _running(start: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) 
         "max_model_len": 128,
         "max_num_seqs": 16,
         "max_num_batched_tokens": 512,
+        # Filling a larger one with zeros takes time at every start.
+        "kv_cache_memory_bytes": 128 << 20,
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "seed": 0,

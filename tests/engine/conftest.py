@@ -9,7 +9,6 @@ import torch
 # Only for this package: other tests start engines as in production.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "0"),
     "VLLM_LOGGING_LEVEL": "ERROR",
 }

@@ -90,7 +90,7 @@ def test_no_adapter_that_can_be_served_ends_the_start(tmp_path: Path) -> None:
 def test_a_signal_while_starting_ends_everything(
     adapters: Path, short_backbone: Path, number: signal.Signals, status: int
 ) -> None:
-    with ServerProcess(wait=False, adapters=adapters, backbone=short_backbone) as server:
+    with ServerProcess(wait=False, adapters=adapters, backbone=short_backbone, kv_cache_gib=0.25) as server:
         root = psutil.Process(server.process.pid)
         # The first child tracks resources; the second is the engine.
         wait_until(lambda: len(root.children()) > 1, 60)

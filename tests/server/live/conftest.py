@@ -62,6 +62,7 @@ def server(adapters: Path, vision_backbone: Path, starting: StartingObservations
         adapters=adapters,
         vision_backbone=vision_backbone,
         vision_dtype="float32",
+        kv_cache_gib=0.25,
         port=port,
         health_port=health_port,
         max_message_bytes=65536,

@@ -23,6 +23,7 @@ def base_url(adapters: Path, backbone: Path) -> Iterator[str]:
     modules = {"count_words": alpha, "two-fields": Path(f"{alpha}#pair"), "open": adapters / "beta" / "10"}
     settings = {
         "served_model_name": "backbone", "enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 256 << 20,
         # The dtype that the native service chooses.
         "dtype": engine_dtype("auto", backbone),
         "enable_lora": True, "max_loras": 8,
