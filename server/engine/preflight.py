@@ -95,10 +95,9 @@ def _processes_gib(settings: Settings, lane: Lane) -> float:
 def _check_stages(settings: Settings, backbone: Path) -> None:
     """Each stage needs a layer. vLLM says so after it has started a process for each stage."""
     layers = json.loads((backbone / "config.json").read_text()).get("num_hidden_layers")
-    if layers is not None and settings.pipeline_parallel_size > layers:
-        raise EngineStartError(
-            f"pipeline_parallel_size: found {settings.pipeline_parallel_size}; allowed: 1 to {layers}, the backbone's layers"
-        )
+    stages = settings.pipeline_parallel_size
+    if layers is not None and stages > layers:
+        raise EngineStartError(f"pipeline_parallel_size: found {stages}; allowed: 1 to {layers}, the backbone's layers")
 
 
 def _check_threads(settings: Settings, lane: Lane) -> None:
