@@ -146,9 +146,9 @@ def _cases(stack: ExitStack, folder: Path, temporary: Path, size: int, dtype: st
         return worker("engine", arguments={"enforce_eager": True, "disable_log_stats": True, "seed": 0, **arguments})
 
     one = adapter("one", TASKS, 1)
-    # As `mtlora train` makes an adapter of images by default.
+    # As configs/images-light.json makes one.
     half = adapter("half", TASKS, 2, frozen=range(identity.num_layers // 2))
-    # As configs/images-accurate.json makes one.
+    # As `mtlora train` makes an adapter of images by default.
     both = adapter("both", TASKS, 3, config=CONFIG.model_copy(update={"blocks": "both"}))
     several = [slot for i in range(TASKS) for slot in adapter(f"several-{i}", 1, 100 + i)]
     bare, routed = engine(), engine(enable_lora=True, max_loras=_SLOTS, max_cpu_loras=_SLOTS)

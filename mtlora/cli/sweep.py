@@ -113,7 +113,7 @@ def _configurations(args: argparse.Namespace) -> "tuple[dict[str, TrainingConfig
             # In a first epoch, the loss is that of unseen examples.
             settings.setdefault("epochs", 1)
         backbone = backbone or resolve(backbone_for(args.backbone, suite))
-        configs[file.stem] = training_config(settings, suite, backbone)
+        configs[file.stem] = training_config(settings, suite)
     assert backbone is not None
     tasks = [task for suite in suites.values() for task in suite.tasks]
     return configs, backbone, vision_for(args.vision_backbone, tasks)

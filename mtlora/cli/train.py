@@ -68,7 +68,7 @@ def _train(args: argparse.Namespace) -> int:
     settings = read_settings(args.config, flags + args.set)
     suite = load_suite(TrainingConfig.model_validate(settings).suite)
     folder = resolve(backbone_for(args.backbone, suite))
-    config = training_config(settings, suite, folder)
+    config = training_config(settings, suite)
     vision = vision_for(args.vision_backbone, chosen_tasks(suite, config.tasks))
     if args.profile is not None:
         return _profile(config, folder, vision, args.profile)

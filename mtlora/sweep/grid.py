@@ -13,6 +13,8 @@ from statistics import fmean
 from threading import Thread
 from typing import Any
 
+from pydantic import ValidationError
+
 from mtlora.backbone import identify
 from mtlora.errors import MtLoRAError
 from mtlora.files import replace_file
@@ -98,12 +100,21 @@ def read_result(
         raise SweepError(f"{run.result_file}: {error}") from None
     if "error" in result and not (diverged and result.get("diverged")):
         return None
-    if other := [name for name, value in _about(run, backbone, settings, vision).items() if result.get(name) != value]:
+    found = {**result, "config": _completed(result.get("config"))}
+    if other := [name for name, value in _about(run, backbone, settings, vision).items() if found.get(name) != value]:
         raise SweepError(
             f"{run.result_file}: of another configuration ({', '.join(other)}); choose another --out, or remove "
             f"{run.folder}"
         )
     return result
+
+
+def _completed(config: Any) -> Any:
+    """A stored configuration with the defaults of fields that came later."""
+    try:
+        return TrainingConfig.model_validate(config).model_dump(mode="json")
+    except ValidationError:
+        return config
 
 
 def _about(run: Run, backbone: Path, settings: dict[str, Any], vision: Path | None) -> dict[str, Any]:

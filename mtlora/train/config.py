@@ -63,8 +63,6 @@ class TrainingConfig(BaseModel):
     unreadable_images: Literal["error", "skip"] = Field(
         "error",
         description="of images: what to do with files that cannot be decoded; skipped ones are told by class",
-        # Results of sweeps are compared with their configuration: those without this field stay valid.
-        exclude_if=lambda unreadable: unreadable == "error",
     )
     learning_rate: float = Field(2e-3, gt=0, description="the peak of the schedule")
     relative_expert_rate: float | None = Field(
@@ -72,7 +70,6 @@ class TrainingConfig(BaseModel):
         gt=0,
         description="the rate of a path's experts B is the learning rate times this and times the size of its block's "
         "output (root mean square), so that a step changes every block's output in proportion; null: the learning rate",
-        exclude_if=lambda rate: rate is None,
     )
     router_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of routers and task biases")
     head_learning_rate_scale: float = Field(1.0, gt=0, description="factor on the rate of heads (images)")

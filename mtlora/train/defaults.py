@@ -6,25 +6,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from mtlora.checkpoint.read import read_manifest
 from mtlora.suite import Suite
 from mtlora.suite.base import up_to
 from mtlora.suite.mix import count_for
 from mtlora.task import TaskSpec
 from mtlora.train.config import TrainingConfig
 from mtlora.train.examples import chosen_tasks
-from mtlora.vision.families import read_config
 
 # A new adapter beside plain texts. A trained one, baselines, documents and texts with an image have measured recipes at
 # `TrainingConfig`'s lower rate.
 NEW_FOR_TEXTS: dict[str, Any] = {"learning_rate": 5e-3}
-# Images. Heads start well: a high rate would spoil them.
-IMAGES: dict[str, Any] = {
-    "batch_size": 32,
-    "learning_rate": 5e-4,
-    "head_learning_rate_scale": 0.2,
-    "validation_per_task": 32,
-    "validate_every": 100,
-}
+# Images.
+IMAGES: dict[str, Any] = {"batch_size": 32, "validation_per_task": 32, "validate_every": 100}
+# Adapters of images, more accurate than those of one block or of one rate for all layers (docs/training.md).
+ADAPTERS_OF_IMAGES: dict[str, Any] = {"learning_rate": 1e-3, "relative_expert_rate": 2.0}
+# Baselines. Heads start well: a high rate would spoil them.
+BASELINES_OF_IMAGES: dict[str, Any] = {"learning_rate": 5e-4, "head_learning_rate_scale": 0.2}
 # A large task must not swamp the others: its images in an epoch, as a multiple of the median over tasks.
 _MOST_OF_MEDIAN = 4
 # Steps of a run at least: small suites are seen several times. A single task of texts needs fewer.
@@ -32,23 +30,23 @@ _STEPS = 800
 _STEPS_OF_A_TEXT_TASK = 200
 
 
-def training_config(settings: Mapping[str, Any], suite: Suite, backbone: Path) -> TrainingConfig:
+def training_config(settings: Mapping[str, Any], suite: Suite) -> TrainingConfig:
     """The configuration of settings, completed by what suits the suite's kind of input.
 
-    Raises ValidationError for wrong settings, SuiteError for tasks that the suite lacks, BackboneError for a backbone
-    that sees no images.
+    Raises ValidationError for wrong settings, SuiteError for tasks that the suite lacks, CheckpointError for an adapter
+    of images to start from that cannot be read.
     """
     config = TrainingConfig.model_validate(settings)
     tasks = chosen_tasks(suite, config.tasks)
     images = any(task.image for task in tasks)
     if images:
-        completed = {**IMAGES, **settings}
-        if suite.finite:
-            completed = {"examples_per_task": None, **completed}
+        completed = {"examples_per_task": None, **settings} if suite.finite else settings
         if config.baseline is None:
-            # The first half's features suit most images, and a step takes little more than half of the time.
-            completed = {"frozen_layers": read_config(backbone).num_layers // 2, **completed}
-        config = TrainingConfig.model_validate(completed)
+            adapter = _adapter_of_images(config, completed)
+            completed = {**ADAPTERS_OF_IMAGES, **completed, "adapter": adapter}
+        else:
+            completed = {**BASELINES_OF_IMAGES, **completed}
+        config = TrainingConfig.model_validate({**IMAGES, **completed})
     elif _new_for_texts(config, tasks):
         config = TrainingConfig.model_validate({**NEW_FOR_TEXTS, **settings})
     if "epochs" in settings:
@@ -58,6 +56,14 @@ def training_config(settings: Mapping[str, Any], suite: Suite, backbone: Path) -
     steps = math.ceil(sum(min(count, most) for count in counts) / config.batch_size)
     wanted = config.max_steps or (_STEPS if images else min(_STEPS, _STEPS_OF_A_TEXT_TASK * len(tasks)))
     return config.model_copy(update={"epochs": math.ceil(wanted / max(1, steps))})
+
+
+def _adapter_of_images(config: TrainingConfig, settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An adapter's settings: paths beside both blocks, or those of the checkpoint that the run starts from."""
+    given = settings.get("adapter", {})
+    if config.init_from is not None:
+        return given or read_manifest(Path(config.init_from)).config.model_dump()
+    return {"blocks": "both", **given}
 
 
 def _new_for_texts(config: TrainingConfig, tasks: Iterable[TaskSpec]) -> bool:

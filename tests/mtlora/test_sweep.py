@@ -18,7 +18,7 @@ from mtlora.sweep.grid import Run, SweepError, do, grid, read_result
 from mtlora.sweep.report import markdown, summarise
 from mtlora.sweep.statistics import wilson
 from mtlora.train.config import TrainingConfig
-from mtlora.train.defaults import IMAGES
+from mtlora.train.defaults import ADAPTERS_OF_IMAGES, IMAGES
 from tests.mtlora.vision.models import write_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -96,6 +96,10 @@ def test_a_sweep_writes_its_table_resumes_and_refuses_another(tiny_backbone: Pat
     (task,) = result["tasks"].values()
     assert task["right"].count("1") == task["correct"]
     assert len(task["right"]) == task["total"]
+    # A result from before a setting existed stays valid.
+    del result["config"]["relative_expert_rate"]
+    file.write_text(json.dumps(result))
+    assert main(command) == 0
     assert main([*command, "--test-examples", "4"]) == 2
     assert "of another configuration (settings)" in capsys.readouterr().err
     shutil.copytree(tiny_backbone, tmp_path / "other")
@@ -112,7 +116,7 @@ def test_a_sweep_over_images_starts_from_their_defaults(tmp_path: Path) -> None:
         path = tmp_path / "photos" / f"task-{i % 2}" / split / label / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (5 * i, 3 * i, 90)).save(path)
-    own = {"learning_rate": 1e-3, "batch_size": 4, "epochs": 2, "validation_per_task": 2, "frozen_layers": 0}
+    own = {"learning_rate": 1e-3, "batch_size": 4, "epochs": 2, "validation_per_task": 2, "frozen_layers": 1}
     for name, settings in (("open", {}), ("own", own)):
         adapter = {"r": 2, "num_experts": 2, "num_groups": 2}
         (tmp_path / f"{name}.json").write_text(json.dumps({"adapter": adapter, **settings}))
@@ -125,11 +129,12 @@ def test_a_sweep_over_images_starts_from_their_defaults(tmp_path: Path) -> None:
         name: json.loads((tmp_path / "sweep" / name / "2-tasks" / "seed-0" / "training.json").read_text())
         for name in ("open", "own")
     }
-    assert {name: taken["open"][name] for name in IMAGES} == IMAGES
-    # Half of the backbone's layers stay frozen; the number of examples is the sweep's.
-    assert (taken["open"]["frozen_layers"], taken["open"]["examples_per_task"]) == (1, 12)
+    expected = IMAGES | ADAPTERS_OF_IMAGES
+    assert {name: taken["open"][name] for name in expected} == expected
+    # The number of examples is the sweep's.
+    assert taken["open"]["examples_per_task"] == 12
     assert {name: taken["own"][name] for name in own} == own
-    assert taken["own"]["head_learning_rate_scale"] == IMAGES["head_learning_rate_scale"]
+    assert taken["own"]["relative_expert_rate"] == ADAPTERS_OF_IMAGES["relative_expert_rate"]
 
 
 def test_a_sweep_over_texts_with_images_has_a_vision_backbone(tiny_backbone: Path, tmp_path: Path, capsys) -> None:

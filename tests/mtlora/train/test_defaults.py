@@ -7,14 +7,24 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mtlora.checkpoint.read import read_manifest
 from mtlora.cli.settings import read_settings
+from mtlora.config import MtLoRAConfig
 from mtlora.suite import load_suite
 from mtlora.suite.base import up_to
 from mtlora.train.config import TrainingConfig
-from mtlora.train.defaults import IMAGES, NEW_FOR_TEXTS, most_shown, training_config
-from tests.mtlora.vision.models import write_model
+from mtlora.train.defaults import (
+    ADAPTERS_OF_IMAGES,
+    BASELINES_OF_IMAGES,
+    IMAGES,
+    NEW_FOR_TEXTS,
+    most_shown,
+    training_config,
+)
+from tests.server.adapters import entry, write_adapter
 
 CONFIGS = Path(__file__).parents[3] / "configs"
+SHIPPED = Path(__file__).parents[3] / "adapters" / "vision"
 
 
 @pytest.fixture
@@ -27,15 +37,9 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.fixture(scope="module")
-def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone of two layers."""
-    return write_model(tmp_path_factory.mktemp("backbone"))
-
-
 def test_many_texts_are_seen_once_at_their_own_rate() -> None:
     expected = TrainingConfig(seed=3, **NEW_FOR_TEXTS)
-    assert training_config({"seed": 3}, load_suite("builtin"), Path("nowhere")) == expected
+    assert training_config({"seed": 3}, load_suite("builtin")) == expected
 
 
 @pytest.mark.parametrize(
@@ -53,11 +57,11 @@ def test_few_texts_are_seen_until_there_are_enough_steps(settings: dict[str, Any
         examples = [{"input": f"{name} {i}", "target": "Yes"} for i in range(40 + ord(name) % 7)]
         (tmp_path / f"{name}.json").write_text(json.dumps({"examples": examples}))
     suite = load_suite(str(tmp_path))
-    config = training_config({"suite": str(tmp_path), **settings}, suite, Path("nowhere"))
+    config = training_config({"suite": str(tmp_path), **settings}, suite)
     tasks = settings.get("tasks", "abcde")
     batches = -(-sum(len(up_to(suite, task, "train", config.examples_per_task)) for task in tasks) // 16)
     assert (config.epochs - 1) * batches < least <= config.epochs * batches
-    given = training_config({"suite": str(tmp_path), "epochs": 2, **settings}, suite, Path("nowhere"))
+    given = training_config({"suite": str(tmp_path), "epochs": 2, **settings}, suite)
     assert given.epochs == 2
 
 
@@ -72,39 +76,62 @@ def test_few_texts_are_seen_until_there_are_enough_steps(settings: dict[str, Any
 )
 def test_runs_with_recipes_of_their_own_keep_the_lower_rate(settings: dict[str, Any]) -> None:
     suite = load_suite(TrainingConfig.model_validate(settings).suite)
-    config = training_config({"examples_per_task": 10, **settings}, suite, Path("nowhere"))
+    config = training_config({"examples_per_task": 10, **settings}, suite)
     assert config.learning_rate == TrainingConfig().learning_rate
-    assert training_config({"learning_rate": 1e-4}, load_suite("builtin"), Path("nowhere")).learning_rate == 1e-4
+    assert training_config({"learning_rate": 1e-4}, load_suite("builtin")).learning_rate == 1e-4
 
 
-def test_a_folder_of_images_gets_defaults_of_its_own(photos: Path, vision: Path) -> None:
+def test_a_folder_of_images_gets_defaults_of_its_own(photos: Path) -> None:
     suite = load_suite(str(photos))
-    config = training_config({"suite": str(photos), "learning_rate": 1e-3}, suite, vision)
-    assert config.learning_rate == 1e-3
-    assert config.head_learning_rate_scale == IMAGES["head_learning_rate_scale"]
+    config = training_config({"suite": str(photos), "head_learning_rate_scale": 0.5, "adapter": {"r": 4}}, suite)
+    assert config.head_learning_rate_scale == 0.5
+    assert {name: getattr(config, name) for name in IMAGES | ADAPTERS_OF_IMAGES} == IMAGES | ADAPTERS_OF_IMAGES
+    assert (config.adapter.blocks, config.adapter.r) == ("both", 4)
     assert config.examples_per_task is None
-    assert config.frozen_layers == 1
-    heads = {"suite": str(photos), "baseline": {"method": "heads"}}
-    assert training_config(heads, suite, vision).frozen_layers == 0
     # Few images are seen until there are enough steps.
     images = len(suite.examples("leaf", "train", None))
     batches = -(-images // config.batch_size)
     assert (config.epochs - 1) * batches < 800 <= config.epochs * batches
-    assert training_config({"suite": str(photos), "epochs": 3}, suite, vision).epochs == 3
-    assert training_config({"suite": str(photos), "max_steps": 2}, suite, vision).epochs == 1
+    assert training_config({"suite": str(photos), "epochs": 3}, suite).epochs == 3
+    assert training_config({"suite": str(photos), "max_steps": 2}, suite).epochs == 1
 
 
-def test_the_accurate_recipe_for_images_keeps_the_other_defaults(photos: Path, vision: Path) -> None:
-    settings = read_settings(CONFIGS / "images-accurate.json", [f"suite={photos}"])
-    config = training_config(settings, load_suite(str(photos)), vision)
-    assert (config.adapter.blocks, config.frozen_layers, config.relative_expert_rate) == ("both", 0, 2)
+def test_baselines_on_images_have_rates_of_their_own(photos: Path) -> None:
+    suite = load_suite(str(photos))
+    config = training_config({"suite": str(photos), "baseline": {"method": "lora"}}, suite)
+    assert {name: getattr(config, name) for name in BASELINES_OF_IMAGES} == BASELINES_OF_IMAGES
+    assert config.relative_expert_rate is None
+
+
+def test_images_after_another_run_take_its_adapters_settings(photos: Path, tmp_path: Path) -> None:
+    suite = load_suite(str(photos))
+    write_adapter(tmp_path / "before", [entry("open")])
+    config = read_manifest(tmp_path / "before").config
+    assert config != MtLoRAConfig(blocks="both")
+    started = {"suite": str(photos), "init_from": str(tmp_path / "before")}
+    assert training_config(started, suite).adapter == config
+    # The trainer says how given ones differ.
+    assert training_config({**started, "adapter": {"r": 4}}, suite).adapter == MtLoRAConfig(r=4)
+
+
+@pytest.mark.parametrize("file", [CONFIGS / "vision.json", SHIPPED / "training.json"])
+def test_the_shipped_adapters_recipe_has_one_rate_for_all_layers(file: Path) -> None:
+    """Whatever the defaults are."""
+    config = training_config(read_settings(file, []), load_suite("builtin-vision"))
+    assert (config.adapter.blocks, config.frozen_layers, config.relative_expert_rate) == ("ffn", 6, None)
+
+
+def test_the_light_recipe_for_images_keeps_the_other_defaults(photos: Path) -> None:
+    settings = read_settings(CONFIGS / "images-light.json", [f"suite={photos}"])
+    config = training_config(settings, load_suite(str(photos)))
+    assert (config.adapter.blocks, config.frozen_layers, config.relative_expert_rate) == ("ffn", 6, None)
     assert config.batch_size == IMAGES["batch_size"]
     assert config.examples_per_task is None
 
 
-def test_generated_images_are_limited_by_default(vision: Path) -> None:
+def test_generated_images_are_limited_by_default() -> None:
     config = training_config(
-        {"suite": "builtin-vision", "tasks": ["shapes"], "epochs": 1}, load_suite("builtin-vision"), vision
+        {"suite": "builtin-vision", "tasks": ["shapes"], "epochs": 1}, load_suite("builtin-vision")
     )
     assert config.examples_per_task == TrainingConfig().examples_per_task
 

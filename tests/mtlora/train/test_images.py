@@ -349,14 +349,14 @@ def test_the_command_tells_its_plan_its_progress_and_what_linear_heads_reach(
     out, err = capsys.readouterr()
     assert re.search(r"bright +│ 2 +│ \d+ +│ [1-4] +│ 16 ", out)
     assert (
-        "2 tasks, 2 steps of up to 32 examples, epochs 1, learning rate 0.0005, of heads 0.0001; paths from layer 1 on"
-        in out
+        "2 tasks, 2 steps of up to 32 examples, epochs 1, learning rate 0.001 (experts: times 2 times their block's "
+        "output), of heads 0.001; paths from layer 0 on" in out
     )
     assert "train: step 1 of 2, loss " in err
     assert " images/s, " in err
     assert re.search(r"validation: adapter [\d.]+ \(step 2\), linear heads alone [\d.]+", out)
     settings = json.loads((tmp_path / "run" / "training.json").read_text())
-    assert (settings["head_learning_rate_scale"], settings["examples_per_task"]) == (0.2, None)
+    assert (settings["adapter"]["blocks"], settings["examples_per_task"]) == ("both", None)
     assert main(["tasks", "--suite", str(folder)]) == 0
     assert re.search(r"bright .* │ 2 +│ \d+ +│ \d+ +│ 16 ", capsys.readouterr().out)
 
