@@ -56,11 +56,11 @@ def training_config(settings: Mapping[str, Any], suite: Suite) -> TrainingConfig
 
 
 def _adapter_of_images(config: TrainingConfig, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An adapter's settings: paths beside both blocks, or those of the checkpoint that the run starts from."""
-    given = settings.get("adapter", {})
+    """An adapter's settings. Without others, its paths are beside both blocks, or as in the checkpoint to start from."""
+    adapter: dict[str, Any] = {"blocks": "both"}
     if config.init_from is not None:
-        return given or read_manifest(Path(config.init_from)).config.model_dump()
-    return {"blocks": "both", **given}
+        adapter = read_manifest(Path(config.init_from)).config.model_dump()
+    return adapter | settings.get("adapter", {})
 
 
 def _new_for_texts(config: TrainingConfig, tasks: Iterable[TaskSpec]) -> bool:
