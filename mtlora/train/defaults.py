@@ -56,7 +56,7 @@ def training_config(settings: Mapping[str, Any], suite: Suite) -> TrainingConfig
 
 
 def _adapter_of_images(config: TrainingConfig, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An adapter's settings. Without others, its paths are beside both blocks, or as in the checkpoint to start from."""
+    """An adapter's settings: those given; else those of the checkpoint to start from, or paths beside both blocks."""
     adapter: dict[str, Any] = {"blocks": "both"}
     if config.init_from is not None:
         adapter = read_manifest(Path(config.init_from)).config.model_dump()
