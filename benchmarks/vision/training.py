@@ -1,6 +1,6 @@
 """Images a second of training ÷ those of the bare backbone's forward pass, in turns of as many images.
 
-    python -m benchmarks.vision.training configs/vision.json --set threads=1 --set frozen_layers=0
+    python -m benchmarks.vision.training configs/vision.json --steps 8 --set threads=1
 
 A training step decodes and changes its images too; the forward pass gets prepared ones.
 """

@@ -16,6 +16,7 @@ BINS = 15
 _STEPS = [0.05 * 400 ** (i / 200) for i in range(201)]
 # Penalty, in nats, of a temperature e times the common one. Cross-validation on the shipped adapter prefers
 # this to no prior and to one temperature for all; half or twice as much changes little, as does a bias a label.
+# A common one e times 1 has the same penalty, which matters only with few examples.
 _PRIOR = 2.0
 _LEAST = 1e-30
 
@@ -106,7 +107,8 @@ def at_temperature(probabilities: Mapping[str, float], temperature: float) -> di
 def fitted_temperatures(examples: Sequence[Example], found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The temperature of every task at which its examples' targets are likeliest.
 
-    Few examples of a task say little, so every task's fit begins from the temperature that suits all of them together.
+    Few examples of a task say little, so every task's fit begins from the temperature that suits all of them together,
+    and that from 1: a few examples that are all right would else be likeliest at the lowest temperature.
     """
     by_task: dict[str, list[tuple[Mapping[str, float], str]]] = {}
     for example, probabilities in zip(examples, found, strict=True):
@@ -115,13 +117,13 @@ def fitted_temperatures(examples: Sequence[Example], found: Sequence[Mapping[str
     losses = {task: [_loss(pairs, temperature) for temperature in _STEPS] for task, pairs in by_task.items()}
     if not losses:
         return {}
-    joint = min(range(len(_STEPS)), key=lambda i: sum(each[i] for each in losses.values()))
 
-    def fitted(loss: Sequence[float]) -> float:
-        best = min(range(len(_STEPS)), key=lambda i: loss[i] + _PRIOR * math.log(_STEPS[i] / _STEPS[joint]) ** 2)
-        return round(_STEPS[best], 3)
+    def fitted(loss: Sequence[float], start: float) -> float:
+        best = min(range(len(_STEPS)), key=lambda i: loss[i] + _PRIOR * math.log(_STEPS[i] / start) ** 2)
+        return _STEPS[best]
 
-    return {task: fitted(each) for task, each in losses.items()}
+    joint = fitted([sum(each) for each in zip(*losses.values(), strict=True)], 1.0)
+    return {task: round(fitted(each, joint), 3) for task, each in losses.items()}
 
 
 def _loss(pairs: Sequence[tuple[Mapping[str, float], str]], temperature: float) -> float:

@@ -51,10 +51,12 @@ def write_result(
     evaluation: dict[str, Any],
     beside: Mapping[str, torch.Tensor] | None = None,
     projector: ProjectorConfig | None = None,
+    calibration: Mapping[str, float] | None = None,
 ) -> None:
     """Write the checkpoint: an adapter's paths in float16, a baseline in float32. Raises CheckpointError.
 
-    beside: tensors stored beside them as they are: those of heads or of the projector.
+    beside: tensors stored beside them as they are: those of heads or of the projector. calibration: temperatures by
+    task, which baselines do not have.
     """
     contents: dict[str, Any] = {
         "backbone": adapted.backbone,
@@ -65,7 +67,9 @@ def write_result(
     dtype = torch.float16 if config.baseline is None else torch.float32
     tensors = {**adapter_tensors(adapted.adapters, dtype), **(beside or {})}
     if config.baseline is None:
-        write_checkpoint(folder, config=config.adapter, tensors=tensors, projector=projector, **contents)
+        write_checkpoint(
+            folder, config=config.adapter, tensors=tensors, projector=projector, calibration=calibration, **contents
+        )
     else:
         write_baseline(folder, BaselineManifest(config=config.baseline, **contents), tensors)
 

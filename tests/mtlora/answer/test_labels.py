@@ -64,6 +64,13 @@ def test_perfect_probabilities_show_an_error_by_chance(count: int) -> None:
     assert error_by_chance([1.0] * count) == 0
 
 
+def test_a_few_right_answers_do_not_make_probabilities_sure() -> None:
+    right = [Example("t", str(i), "yes") for i in range(4)]
+    (temperature,) = fitted_temperatures(right, [{"yes": 0.9, "no": 0.1}] * 4).values()
+    assert 0.5 < temperature < 1
+    assert fitted_temperatures([], []) == {}
+
+
 def test_a_fitted_temperature_undoes_overconfidence() -> None:
     rng, examples, found = random.Random(0), [], []
     for i in range(400):

@@ -116,10 +116,11 @@ def test_images_after_another_run_take_its_adapters_settings(photos: Path, tmp_p
 
 
 @pytest.mark.parametrize("file", [CONFIGS / "vision.json", SHIPPED / "training.json"])
-def test_the_shipped_adapters_recipe_has_one_rate_for_all_layers(file: Path) -> None:
+def test_the_shipped_adapters_recipe_has_a_lower_rate(file: Path) -> None:
     """Its files name these settings, so other defaults do not change it."""
     config = training_config(read_settings(file, []), load_suite("builtin-vision"))
-    assert (config.adapter.blocks, config.frozen_layers, config.relative_expert_rate) == ("ffn", 6, None)
+    assert (config.adapter.blocks, config.learning_rate, config.relative_expert_rate) == ("both", 5e-4, 2.0)
+    assert config.learning_rate < ADAPTERS_OF_IMAGES["learning_rate"]
 
 
 def test_the_light_recipe_for_images_keeps_the_other_defaults(photos: Path) -> None:
