@@ -18,7 +18,7 @@ from mtlora.checkpoint.format import head_names
 from mtlora.checkpoint.read import read_checkpoint
 from mtlora.evaluation.answerers import Answerer
 from mtlora.evaluation.calibration import fitted_temperatures
-from mtlora.evaluation.images import features, same_input
+from mtlora.evaluation.images import Head, features, image_labeller, same_input
 from mtlora.evaluation.scores import score
 from mtlora.model.vision import fitted_tasks, new_adapted_encoder
 from mtlora.suite.base import Example, Split, Suite, SuiteError
@@ -296,16 +296,6 @@ class Images:
             head = self.heads.alone if alone else self.heads
             yield places, head(features_BF.to(self.heads.weight.device), tasks_B).cpu()
 
-    def _probabilities(self, examples: Sequence[Example]) -> list[dict[str, float]]:
-        """The probability of each label of each example's task, as the task's head gives it."""
-        found: list[dict[str, float]] = [{}] * len(examples)
-        for places, logits_BK in self._logits(examples, alone=False):
-            row = self._row[examples[places[0]].task_id]
-            own_BC = logits_BK[:, self.heads.classes[row]].double().softmax(-1)
-            for place, each in zip(places, own_BC.tolist(), strict=True):
-                found[place] = dict(zip(self.tasks[row].labels or (), each, strict=True))
-        return found
-
     def digest(self) -> str:
         """See `Modality`."""
         return digest([(each.task_id, each.input, each.target) for each in self.train], self.batches)
@@ -322,11 +312,21 @@ class Images:
         """See `Modality`: heads in float32, with temperatures fitted on the validation images."""
         heads: dict[str, torch.Tensor] = {}
         for row in range(len(self.tasks)):
-            heads |= dict(zip(head_names(row), (each.float() for each in self.heads.folded(row)), strict=True))
+            heads |= dict(zip(head_names(row), self._folded(row), strict=True))
         write_result(
             folder, self.config, self.adapted, self.tasks, training=training, evaluation=evaluation, beside=heads,
-            calibration=fitted_temperatures(self.validation, self._probabilities(self.validation)),
+            calibration=self._temperatures() if self.config.baseline is None else None,
         )  # fmt: skip
+
+    def _folded(self, row: int) -> Head:
+        """A task's head as the checkpoint has it."""
+        weight_CF, bias_C = self.heads.folded(row)
+        return weight_CF.float().cpu(), bias_C.float().cpu()
+
+    def _temperatures(self) -> dict[str, float]:
+        """Each task's temperature, for the probabilities that a server would give of the validation images."""
+        labeller = image_labeller(self.adapted, self.tasks, lambda task_id: self._folded(self._row[task_id]), self._row)
+        return fitted_temperatures(self.validation, labeller(self.validation))
 
 
 def _classes(tasks: Sequence[TaskSpec], heads: str) -> list[list[int]]:
