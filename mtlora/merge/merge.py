@@ -55,12 +55,12 @@ def merge(before: Checkpoint, backbone: Path, out: Path, config: TrainingConfig)
     if config.adapter != extended_config(before, new_experts):
         raise MergeError("adapter: the adapter's own hyper-parameters stay as they are")
     examples = up_to(suite, task_id, "train", _COMPARED_TEXTS, config.seed)
-    learned, training, evaluation = train_task(before, config, backbone, new_experts)
+    learned, trained = train_task(before, config, backbone, new_experts)
     old = before.manifest
     earlier = old.training.get("merged")
     history = [
         *(earlier if isinstance(earlier, list) else ()),
-        {"task": task_id, "mode": mode, "new_experts": new_experts, **training},
+        {"task": task_id, "mode": mode, "new_experts": new_experts, **trained.training},
     ]
     tasks = merged_tasks(before, task)
     contents: dict[str, Any] = {
@@ -68,8 +68,8 @@ def merge(before: Checkpoint, backbone: Path, out: Path, config: TrainingConfig)
         "config": config.adapter,
         "tasks": tasks,
         "training": old.training | {"merged": history},
-        "evaluation": _with_scores(old.evaluation, evaluation),
-        "calibration": old.calibration,
+        "evaluation": _with_scores(old.evaluation, trained.evaluation),
+        "calibration": old.calibration | trained.calibration,
     }
     tensors = merged_tensors(before, learned)
     version = format_version(config.adapter, tasks)
@@ -105,8 +105,8 @@ def _with_scores(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, An
 
 def train_task(
     checkpoint: Checkpoint, config: TrainingConfig, backbone: Path, new_experts: int
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
-    """Train the one task that `config` names; returns (learned tensors, provenance, evaluation).
+) -> tuple[dict[str, torch.Tensor], AdapterManifest]:
+    """Train the one task that `config` names; returns the learned tensors and the run's manifest.
 
     Raises MergeError for weight decay, which would move frozen weights, and the trainer's errors.
     """
@@ -117,10 +117,10 @@ def train_task(
     start = starting_point(checkpoint, new_experts, torch.Generator().manual_seed(config.seed))
     with tempfile.TemporaryDirectory(prefix="mtlora-merge-") as folder:
         trainer = Trainer(config, backbone, Path(folder) / "run", start=start)
-        manifest = trainer.fit()
+        trainer.fit()
         learned = {name: tensor.detach().clone() for name, tensor in trainer.adapted.adapters.state_dict().items()}
+        trained = read_checkpoint(Path(folder) / "run" / "adapter")
         if checkpoint.manifest.images:
             (task_id,) = config.tasks or ()
-            head = read_checkpoint(Path(folder) / "run" / "adapter").head(task_id)
-            learned |= dict(zip(head_names(0), head, strict=True))
-    return learned, manifest.training, manifest.evaluation
+            learned |= dict(zip(head_names(0), trained.head(task_id), strict=True))
+    return learned, trained.manifest

@@ -43,8 +43,9 @@ def test_merge_command_adds_a_task_of_images(
     config = MtLoRAConfig(r=4, num_experts=3, num_groups=2)
     tensors = random_tensors(identify(backbone), config, image_table(2), scale=0.2)
     write_checkpoint(
-        tmp_path / "before", backbone=identify(backbone), config=config, tasks=image_table(2), tensors=tensors
-    )
+        tmp_path / "before", backbone=identify(backbone), config=config, tasks=image_table(2), tensors=tensors,
+        calibration={"task-1": 1.5},
+    )  # fmt: skip
     out = tmp_path / "after"
     arguments = ["merge", str(tmp_path / "before"), "--task", "bright", "--suite", str(suite), "--out", str(out),
                  "--mode", mode, "--backbone", str(backbone)]  # fmt: skip
@@ -55,6 +56,8 @@ def test_merge_command_adds_a_task_of_images(
         assert "bit-identical before and after" in printed
     before, after = read_checkpoint(tmp_path / "before"), read_checkpoint(out, identify(backbone))
     assert [task.id for task in after.manifest.tasks] == ["task-0", "task-1", "bright"]
+    assert after.manifest.calibration.keys() == {"task-1", "bright"}
+    assert after.manifest.calibration["task-1"] == 1.5
     assert after.head("bright")[0].shape == (2, 64)
     assert after.head("bright")[0].abs().max() > 0
     for task in before.manifest.tasks:
