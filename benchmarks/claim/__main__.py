@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.claim.methods import BOUNDS, METHODS
-from benchmarks.claim.results import KEPT, keep, restore
+from benchmarks.claim.results import KEPT, compare, keep, restore
 from benchmarks.claim.runs import SMOKE, Claim, Size
 from mtlora.backbone import resolve
 
@@ -16,7 +16,7 @@ from mtlora.backbone import resolve
 def main(argv: Sequence[str] | None = None) -> None:
     """Run it from the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.claim", description=__doc__)
-    parser.add_argument("--out", type=Path, help="default: out/claim; of --smoke: out/claim-smoke")
+    parser.add_argument("--out", type=Path, help="default: out/claim; --anew: out/claim-anew; --smoke: out/claim-smoke")
     parser.add_argument("--backbone", default="vision")
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, each on one core")
     parser.add_argument("--smoke", action="store_true", help="the same code, small: minutes")
@@ -35,20 +35,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--maps", type=int, nargs="*", help="numbers of label maps; default: 4 16 64")
     parser.add_argument("--keep", action="store_true", help=f"at the end, write all finished cells into {KEPT.name}")
+    parser.add_argument("--anew", action="store_true", help=f"train what {KEPT.name} has too, and compare")
     args = parser.parse_args(argv)
     if args.keep and args.smoke:
         parser.error("--keep is for whole cells; --smoke makes small ones")
+    if args.keep and args.anew:
+        parser.error("--keep would replace the kept cells by those of --anew alone")
     size = SMOKE if args.smoke else Size()
     chosen = {
         name: tuple(value) if isinstance(value, list) else value
         for name in ("seeds", "counts", "methods", "rates", "maps")
         if (value := getattr(args, name)) is not None
     }
-    out = args.out or Path("out/claim-smoke" if args.smoke else "out/claim")
-    if not args.smoke:
+    out = args.out or Path("out/claim" + ("-smoke" if args.smoke else "-anew" if args.anew else ""))
+    if not (args.smoke or args.anew):
         restore(KEPT, out)
     size = Size(**{**vars(size), **chosen})
     Claim(out, resolve(args.backbone), size, args.jobs, train=not args.report, chosen=dict(args.rate)).run()
+    if args.anew:
+        print(compare(out, KEPT), end="")
     if args.keep:
         keep(out, KEPT)
 

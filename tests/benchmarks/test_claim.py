@@ -13,7 +13,7 @@ from benchmarks.claim.cells import LOWER, UPPER, Cells
 from benchmarks.claim.decisions import decide
 from benchmarks.claim.methods import METHODS
 from benchmarks.claim.report import decided, markdown, summarise, write_claim
-from benchmarks.claim.results import keep, restore
+from benchmarks.claim.results import compare, keep, restore
 from benchmarks.claim.runs import BATCH, RATES, SMOKE, Cell, Claim, Size
 from mtlora.train.config import TrainingConfig
 from tests.benchmarks.claim_results import result
@@ -223,3 +223,36 @@ def test_smoke_has_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments in (["--smoke"], [], ["--smoke", "--out", "mine"]):
         command.main(arguments)
     assert made == [(Path("out/claim-smoke"), SMOKE), (Path("out/claim"), Size()), (Path("mine"), SMOKE)]
+
+
+def test_anew_starts_from_nothing_and_compares_with_the_kept_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = {"told/a": {"mean_accuracy": 0.5}, "told/b": {"diverged": True}, "told/c": {"mean_accuracy": 0.9}}
+    kept = "".join(json.dumps({"folder": folder, "result": result}) + "\n" for folder, result in cells.items())
+    (tmp_path / "kept.jsonl").write_text(kept)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "KEPT", tmp_path / "kept.jsonl")
+    monkeypatch.setattr(command, "resolve", Path)
+    monkeypatch.setattr(Claim, "run", lambda claim: keep_two(claim.out))
+
+    def keep_two(out: Path) -> None:
+        assert not list(out.rglob("result.json"))
+        for folder, accuracy in (("told/a", 0.525), ("told/b", 0.125)):
+            (out / folder).mkdir(parents=True)
+            (out / folder / "result.json").write_text(json.dumps({"mean_accuracy": accuracy}))
+
+    command.main(["--anew"])
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "| cell | kept | here | difference |",
+        "| --- | --- | --- | --- |",
+        "| told/a | 0.500 | 0.525 | +0.025 |",
+        "| told/b | 0.000 | 0.125 | +0.125 |",
+        "",
+        "2 cells: mean difference +0.075, largest +0.125",
+    ]
+    assert (tmp_path / "out/claim-anew/told/a/result.json").exists()
+    assert compare(tmp_path / "elsewhere", tmp_path / "kept.jsonl") == ""
+    with pytest.raises(SystemExit):
+        command.main(["--anew", "--keep"])
