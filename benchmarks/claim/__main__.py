@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.keep and args.smoke:
         parser.error("--keep is for whole cells; --smoke makes small ones")
-    if args.keep and args.anew:
-        parser.error("--keep would replace the kept cells by those of --anew alone")
+    if args.anew and (args.keep or args.smoke or args.out):
+        # Kept cells copied to another folder would be compared with themselves.
+        parser.error("--anew has a folder of its own: found it with --keep, --smoke or --out")
     size = SMOKE if args.smoke else Size()
     chosen = {
         name: tuple(value) if isinstance(value, list) else value

@@ -254,5 +254,7 @@ def test_anew_starts_from_nothing_and_compares_with_the_kept_cells(
     ]
     assert (tmp_path / "out/claim-anew/told/a/result.json").exists()
     assert compare(tmp_path / "elsewhere", tmp_path / "kept.jsonl") == ""
-    with pytest.raises(SystemExit):
-        command.main(["--anew", "--keep"])
+    for other in (["--keep"], ["--smoke"], ["--out", "out/claim"]):
+        with pytest.raises(SystemExit):
+            command.main(["--anew", *other])
+    assert "found it with --keep, --smoke or --out" in capsys.readouterr().err
